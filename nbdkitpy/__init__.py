@@ -1,0 +1,78 @@
+"""nbdkitpy: a Network Block Device server toolkit in Python.
+
+Everything that a plugin or a filter needs is here; nothing else of the package is for them.
+"""
+
+from nbdkitpy.backend import (
+    Backend,
+    BlockSize,
+    Buffer,
+    Client,
+    Export,
+    Family,
+    FileRange,
+    Filter,
+    FilterHandle,
+    Flags,
+    Handle,
+    Plugin,
+    ServerControl,
+    Support,
+    ThreadModel,
+)
+from nbdkitpy.exceptions import ConfigError, NbdkitpyError, UnitError
+from nbdkitpy.extents import Extent, ExtentType
+from nbdkitpy.hookspecs import hookimpl
+from nbdkitpy.parameters import (
+    Parameter,
+    Repeated,
+    choice,
+    integer,
+    parse_bool,
+    parse_delay,
+    parse_filename,
+    parse_path,
+    parse_probability,
+    parse_size,
+    parse_string,
+    read_password,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "BlockSize",
+    "Buffer",
+    "Client",
+    "ConfigError",
+    "Export",
+    "Extent",
+    "ExtentType",
+    "Family",
+    "FileRange",
+    "Filter",
+    "FilterHandle",
+    "Flags",
+    "Handle",
+    "NbdkitpyError",
+    "Parameter",
+    "Plugin",
+    "Repeated",
+    "ServerControl",
+    "Support",
+    "ThreadModel",
+    "UnitError",
+    "__version__",
+    "choice",
+    "hookimpl",
+    "integer",
+    "parse_bool",
+    "parse_delay",
+    "parse_filename",
+    "parse_path",
+    "parse_probability",
+    "parse_size",
+    "parse_string",
+    "read_password",
+]
