@@ -1,0 +1,85 @@
+"""The limit filter: how many clients may have an export open at once."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+
+from nbdkitpy import Client, Filter, FilterHandle, Handle, Parameter, hookimpl, integer
+
+__all__ = ["Limit"]
+
+_MAX_LIMIT = (1 << 32) - 1
+
+
+class Limit(Filter):
+    """Refuse clients while `limit` others have an export open.
+
+    A slot is taken before the inner layers open, so that they never see more clients than the limit, and is given
+    back when the handle is closed or when opening fails. The lock is never held during a call to another layer.
+    """
+
+    name = "limit"
+    longname = "nbdkitpy limit filter"
+    description = "Limit the number of clients that can be connected at once."
+
+    limit = Parameter(
+        integer(0, _MAX_LIMIT), default=1, metavar="N", help="Number of clients at once; 0 means no limit. Default: 1."
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lock = threading.Lock()
+        self._taken = 0
+
+    def preconnect(self, client: Client, readonly: bool) -> None:
+        # The inner layers first: whom they refuse is refused for their reason.
+        super().preconnect(client, readonly)
+        with self._lock:
+            self._check()
+
+    def open(self, export_name: str, readonly: bool, client: Client) -> Handle:
+        # Checked again: many may have passed preconnect while no slot was taken yet.
+        with self._lock:
+            self._check()
+            self._taken += 1
+        try:
+            return super().open(export_name, readonly, client)
+        except BaseException:
+            self._give_back()
+            raise
+
+    def wrap(self, handle: Handle, client: Client) -> Handle:
+        return _LimitHandle(handle, self._give_back)
+
+    def _check(self) -> None:
+        if self.limit and self._taken >= self.limit:
+            raise PermissionError(errno.EACCES, "limit: too many clients connected, connection rejected")
+
+    def _give_back(self) -> None:
+        with self._lock:
+            self._taken -= 1
+
+
+class _LimitHandle(FilterHandle):
+    """Gives its slot back when it is closed."""
+
+    def __init__(self, next: Handle, give_back: Callable[[], None]) -> None:
+        super().__init__(next)
+        self._give_back: Callable[[], None] | None = give_back
+
+    def close(self) -> None:
+        # Once only, even if an outer layer closes twice: a slot too many would undo the limit for good.
+        give_back, self._give_back = self._give_back, None
+        try:
+            super().close()
+        finally:
+            if give_back is not None:
+                give_back()
+
+
+@hookimpl
+def register_filters(register: Callable[[type[Filter]], None]) -> None:
+    """Hand over the filter."""
+    register(Limit)
