@@ -291,6 +291,7 @@ class OpenExport:
     name: str
     handle: Handle
     capabilities: Capabilities
+    description: Callable[[], str | None]  #: for people; raises ValueError if it cannot be sent
     close: Callable[[], None]  #: to be called once, after the last request has returned
 
 
@@ -425,11 +426,20 @@ class Stack:
         except BaseException:
             self._release_export()
             raise
-        return OpenExport(export_name, handle, capabilities, lambda: self._close(handle))
+        return OpenExport(
+            export_name, handle, capabilities, lambda: self._description(handle), lambda: self._close(handle)
+        )
 
     def _ask(self, handle: Handle, readonly: bool) -> Capabilities:
         parallel = self.model > ThreadModel.SERIALIZE_CONNECTIONS
         return Capabilities.ask(handle, readonly=readonly, parallel_connections=parallel)
+
+    def _description(self, handle: Handle) -> str | None:
+        with self._serialised():
+            description = handle.export_description()
+        if description is not None:
+            _check_name("export_description", description)
+        return description
 
     def _close(self, handle: Handle) -> None:
         try:

@@ -1260,3 +1260,30 @@ def test_filters_link_layers_that_they_can_ask() -> None:
 
     assert all(isinstance(filter.next, Backend) for filter in (outer, inner))
     assert outer.next.default_export(CLIENT, False) == "main"
+
+
+# --- description ---
+
+
+class Described(Disk):
+    description: Any = "a disk"
+
+    def export_description(self) -> str | None:
+        return self.description  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("description", ["a disk", "", None])
+def test_description_is_what_the_outermost_handle_says(description: str | None) -> None:
+    export, disk = open_disk(Described, PassingFilter())
+    disk.description = description
+
+    assert export.description() == description
+
+
+@pytest.mark.parametrize("description", [b"bytes", 7, "nul \0", "x" * 4097, "\udcff"])
+def test_description_that_cannot_be_sent_is_refused(description: object) -> None:
+    export, disk = open_disk(Described)
+    disk.description = description
+
+    with pytest.raises(ValueError):
+        export.description()
