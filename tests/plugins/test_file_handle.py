@@ -317,6 +317,7 @@ for offset in (8192, 8190):
     except OSError as error:
         print(errno.errorcode[error.errno])
 handle.pwrite(memoryview(b"alive"), 0, 0)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))  # what else is written
 """
     result = subprocess.run(
         [sys.executable, "-c", program],
