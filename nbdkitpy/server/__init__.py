@@ -1,0 +1,1 @@
+"""All that touches the operating system: listeners, connections, signals, processes."""

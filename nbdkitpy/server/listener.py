@@ -1,0 +1,198 @@
+"""Sockets that clients connect to: made, described, and removed again."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import stat
+import tempfile
+
+from nbdkitpy.exceptions import ConfigError
+from nbdkitpy.server.options import AddressFamily, ServerOptions, Transport
+
+__all__ = ["Listener", "listen"]
+
+_LOOPBACK = ("127.0.0.1", "::1")
+_EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104  # only when asked for by "-i any"
+_MAX_UNIX_PATH = 107  # bytes that struct sockaddr_un has room for
+_UMASK = 0o022  # the mode of a socket is that of nbdkit's, whatever the caller's umask
+
+_FAMILIES = {
+    AddressFamily.ANY: (socket.AF_INET, socket.AF_INET6),
+    AddressFamily.INET: (socket.AF_INET,),
+    AddressFamily.INET6: (socket.AF_INET6,),
+}
+
+#: A kind of address that this machine does not have. Not an error as long as there is another one to listen on.
+_ABSENT = frozenset({errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL})
+
+#: Attempts to find a port that is free for every address, when any port will do.
+_ATTEMPTS = 10
+
+
+class Listener:
+    """One listening socket, and what has to be removed when it is closed."""
+
+    def __init__(self, sock: socket.socket, *, unix_path: str | None = None, directory: str | None = None) -> None:
+        self.socket = sock
+        self.unix_path = unix_path
+        self._directory = directory  # private one that the socket is in
+        self._identity = _identity(unix_path) if unix_path is not None else None
+
+    @property
+    def port(self) -> int | None:
+        """The port of a TCP or vsock listener."""
+        return None if self.unix_path is not None else int(self.socket.getsockname()[1])
+
+    def __str__(self) -> str:
+        name = self.socket.getsockname()
+        if self.unix_path is not None:
+            return self.unix_path
+        if self.socket.family == socket.AF_INET6:
+            return f"[{name[0]}]:{name[1]}"
+        return f"{name[0]}:{name[1]}" if self.socket.family == socket.AF_INET else f"vsock port {name[1]}"
+
+    def close(self) -> None:
+        """Stop listening, and remove what was made for it, unless somebody has put something else in its place."""
+        self.socket.close()
+        if self.unix_path is not None and self._identity == _identity(self.unix_path):
+            with contextlib.suppress(OSError):
+                os.unlink(self.unix_path)
+        if self._directory is not None:
+            with contextlib.suppress(OSError):
+                os.rmdir(self._directory)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
+
+
+def listen(options: ServerOptions) -> list[Listener]:
+    """Return sockets that listen where `options` say: for TCP one for each address.
+
+    Raises:
+        ConfigError: an address cannot be listened on; the text says which and why.
+    """
+    if options.transport is Transport.UNIX:
+        return [_listen_unix(options.unix_path)]
+    if options.transport is Transport.VSOCK:
+        return [_listen_vsock(options.port)]
+    return _listen_tcp(options)
+
+
+def _listen_unix(path: str | None) -> Listener:
+    directory = None
+    if path is None:
+        directory = tempfile.mkdtemp(prefix="nbdkitpy", dir="/tmp")  # private, and a short path
+        path = f"{directory}/socket"
+    if len(os.fsencode(path)) > _MAX_UNIX_PATH:
+        raise ConfigError(f'unix: the path must have at most {_MAX_UNIX_PATH} bytes, not {len(path)} as "{path}"')
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    umask = os.umask(_UMASK)
+    try:
+        sock.bind(path)
+        sock.listen()
+    except (OSError, ValueError) as error:
+        sock.close()
+        if directory is not None:
+            os.rmdir(directory)
+        raise _cannot_listen(path, error) from None
+    finally:
+        os.umask(umask)
+    return Listener(sock, unix_path=path, directory=directory)
+
+
+def _listen_vsock(port: str) -> Listener:
+    family = getattr(socket, "AF_VSOCK", None)
+    number = int(port) if port.isascii() and port.isdigit() and len(port) <= 10 else 1 << 32
+    if number >= 1 << 32:
+        raise ConfigError(f'port must be a number from 0 to 4294967295 for vsock, not "{port}"')
+    try:
+        if family is None:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        sock = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise _cannot_listen("vsock", error) from None
+    try:
+        any_port = getattr(socket, "VMADDR_PORT_ANY", 0xFFFFFFFF)
+        sock.bind((socket.VMADDR_CID_ANY, number or any_port))
+        sock.listen()
+    except OSError as error:
+        sock.close()
+        raise _cannot_listen(f"vsock port {port}", error) from None
+    return Listener(sock)
+
+
+def _listen_tcp(options: ServerOptions) -> list[Listener]:
+    for attempt in range(_ATTEMPTS):
+        addresses = _tcp_addresses(options)
+        try:
+            return _bind_all(addresses, any_port=addresses[0][1][1] == 0)
+        except ConfigError:
+            if addresses[0][1][1] != 0 or attempt == _ATTEMPTS - 1:
+                raise
+    raise AssertionError("not reached")
+
+
+def _tcp_addresses(options: ServerOptions) -> list[tuple[int, tuple[str, int]]]:
+    """Return families and socket addresses to listen on."""
+    names = _EVERYWHERE if options.address == "any" else (options.address,) if options.address else _LOOPBACK
+    families = _FAMILIES[options.address_family]
+    found: list[tuple[int, tuple[str, int]]] = []
+    for name in names:
+        try:
+            answers = socket.getaddrinfo(name, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ConfigError(f'cannot listen on address "{name}", port "{options.port}": {reason}') from None
+        for family, _, _, _, address in answers:
+            if family in families and (int(family), address) not in found:
+                found.append((int(family), (str(address[0]), int(address[1]), *address[2:])))
+    if not found:
+        raise ConfigError(
+            f'"{options.address}" has no address of the kind that {options.address_family.value} asks for'
+        )
+    return found
+
+
+def _bind_all(addresses: list[tuple[int, tuple[str, int]]], *, any_port: bool) -> list[Listener]:
+    listeners: list[Listener] = []
+    absent: ConfigError | None = None
+    for family, address in addresses:
+        if any_port and listeners:  # the same one for all
+            address = (address[0], listeners[0].port or 0, *address[2:])
+        try:
+            listeners.append(_bind(family, address))
+        except OSError as error:
+            absent = _cannot_listen(f"{address[0]} port {address[1]}", error)
+            if error.errno not in _ABSENT:
+                for listener in listeners:
+                    listener.close()
+                raise absent from None
+    if not listeners:
+        raise absent or ConfigError("there is no address to listen on")
+    return listeners
+
+
+def _bind(family: int, address: tuple[str, int]) -> Listener:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(address)
+        sock.listen()
+    except BaseException:
+        sock.close()
+        raise
+    return Listener(sock)
+
+
+def _cannot_listen(where: str, error: Exception) -> ConfigError:
+    return ConfigError(f"cannot listen on {where}: {getattr(error, 'strerror', None) or error}")

@@ -1,0 +1,48 @@
+"""How the server is to run: settled before it starts, the same until it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from nbdkitpy.protocol.constants import DEFAULT_PORT, HandshakeFlag
+
+__all__ = ["AddressFamily", "ServerOptions", "Transport"]
+
+
+class Transport(enum.Enum):
+    """What the server listens on."""
+
+    TCP = "tcp"
+    UNIX = "unix"
+    VSOCK = "vsock"
+
+
+class AddressFamily(enum.Enum):
+    """Which kinds of internet addresses TCP listens on."""
+
+    ANY = "any"
+    INET = "ipv4"
+    INET6 = "ipv6"
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerOptions:
+    """Settings of the server itself; those of the plugin and the filters are theirs."""
+
+    transport: Transport = Transport.TCP
+    address: str | None = None  #: TCP: name or address to listen on; None is loopback, "any" is every interface
+    address_family: AddressFamily = AddressFamily.ANY
+    port: str = str(DEFAULT_PORT)  #: TCP: number or service name, 0 for any free one; vsock: 32-bit number
+    unix_path: str | None = None  #: absolute path of the Unix socket; None makes one in a private directory
+    export_name: str = ""  #: only for the URI
+    readonly: bool = False
+    threads: int = 16  #: the most workers that one connection has
+    oldstyle: bool = False
+    handshake_flags: int = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
+    structured_replies: bool = True
+    meta_contexts: bool = True
+    pidfile: str | None = None
+    drain: float = 5.0  #: seconds that clients have to take their replies when the server ends
+    handshake_timeout: float = 10.0  #: seconds that a client has for the whole handshake; 0 is for ever
+    max_handshakes: int = 1000  #: so many unfinished handshakes are kept; past that the oldest is closed

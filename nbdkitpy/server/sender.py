@@ -1,0 +1,122 @@
+"""Replies on their way out: one lock around each whole message, and nobody waits for it who need not."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from nbdkitpy.backend import Buffer, FileRange
+from nbdkitpy.server.transport import Transport
+
+__all__ = ["Budget", "Sender"]
+
+
+class Budget:
+    """Bytes of work that a connection may have in hand; past the bound, whoever brings more waits."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._used = 0
+        self._changed = threading.Condition()
+
+    def take(self, cost: int) -> None:
+        """Wait until `cost` fits; a cost above the limit fits when there is nothing else."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used or self._used + cost <= self._limit)
+            self._used += cost
+
+    def give(self, cost: int) -> None:
+        """Give back what :meth:`take` took."""
+        with self._changed:
+            self._used -= cost
+            self._changed.notify_all()
+
+    def wait_until_unused(self) -> None:
+        """Wait until everything has been given back."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._used)
+
+
+class Sender:
+    """Sends the replies of one connection: those of the thread that reads requests, and those of its workers.
+
+    Workers leave their replies in a queue. Whoever holds the lock sends all that is queued, in one gather write.
+    """
+
+    def __init__(self, transport: Transport, budget: Budget) -> None:
+        self._transport = transport
+        self._budget = budget
+        self._lock = threading.Lock()
+        self._queue: deque[tuple[Sequence[Buffer], int]] = deque()
+        #: The client cannot be reached any more: replies are dropped.
+        self.broken = False
+
+    def send(self, pieces: Sequence[Buffer]) -> None:
+        """Send whole messages, after those that are queued. Waits for the client to take them."""
+        with self._lock:
+            self._send(pieces)
+        self._send_queued()
+
+    def send_file(
+        self,
+        pieces: Sequence[Buffer],
+        where: FileRange,
+        count: int,
+        if_short: Callable[[int], Sequence[Buffer]] | None,
+    ) -> bool:
+        """Send `pieces`, the last of which announces `count` bytes, and those bytes from a file.
+
+        If the file has become shorter, the message is finished by what `if_short` returns for the number of bytes
+        that are missing, and the answer is False; without `if_short` the connection is broken, as there is no other
+        way to say it.
+        """
+        with self._lock:
+            missing = 0 if self.broken else self._send_file(pieces, where, count)
+            if missing and if_short is not None:
+                self._send(if_short(missing))
+            elif missing:
+                self._break()
+        self._send_queued()
+        return not missing
+
+    def _send_file(self, pieces: Sequence[Buffer], where: FileRange, count: int) -> int:
+        """Return how many bytes the file did not have."""
+        try:
+            self._transport.send(pieces, more=True)
+            return count - self._transport.send_file(where.fd, where.position, count)
+        except OSError:
+            self._break()
+            return 0
+
+    def post(self, pieces: Sequence[Buffer], cost: int) -> None:
+        """Queue whole messages, and see that they are sent; `cost` is given back to the budget when they are."""
+        self._queue.append((pieces, cost))
+        self._send_queued()
+
+    def _send_queued(self) -> None:
+        # Looked at again after the lock is released: what was queued meanwhile by one who did not get it is ours.
+        while self._queue and self._lock.acquire(blocking=False):
+            pieces: list[Buffer] = []
+            cost = 0
+            try:
+                while self._queue:
+                    message, price = self._queue.popleft()
+                    pieces += message
+                    cost += price
+                self._send(pieces)
+            finally:
+                self._lock.release()
+                self._budget.give(cost)
+
+    def _send(self, pieces: Sequence[Buffer]) -> None:
+        if self.broken:
+            return
+        try:
+            self._transport.send(pieces)
+        except OSError:
+            self._break()
+
+    def _break(self) -> None:
+        self.broken = True
+        self._transport.abort()  # so that the thread that receives finds out

@@ -1,0 +1,250 @@
+"""The server: accepts clients, gives each a thread, and ends in bounded time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import socket
+import threading
+import time
+
+from nbdkitpy.server.listener import Listener, listen
+from nbdkitpy.server.options import ServerOptions
+from nbdkitpy.server.session import Session
+from nbdkitpy.server.uri import make_uri
+from nbdkitpy.stack import Stack
+
+__all__ = ["Server"]
+
+#: Out of descriptors or memory: seconds without accepting, and seconds between two lines about it in the log.
+_BREATHER = 0.1
+_COMPLAINT_INTERVAL = 1.0
+
+#: Errors of accept that are the client's and of no consequence.
+_CLIENT_GONE = frozenset({errno.ECONNABORTED, errno.EAGAIN, errno.EINTR, errno.EPROTO, errno.EPERM})
+
+#: Seconds that aborted sessions have to end.
+_GRACE = 2.0
+
+
+class Server:
+    """Listens, and serves clients from a stack. What backends see of it is :class:`~nbdkitpy.ServerControl`."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.options = options
+        self._log = logging.getLogger("nbdkitpy")
+        self._listeners: list[Listener] = []
+        self._clients = 0  # connections so far
+        self._lock = threading.Lock()
+        self._sessions: dict[Session, threading.Thread] = {}
+        self._handshakes: dict[Session, float] = {}  # unfinished ones and when they have to end, oldest first
+        self._ended = threading.Condition(self._lock)  # a session has
+        self._complained = 0.0
+
+        # What signal handlers and other threads set, and the pipe that wakes the main loop up to look at it.
+        self._stopping = False
+        self._aborting = False
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    # --- before and after ---
+
+    def bind(self) -> None:
+        """Begin to listen.
+
+        Raises:
+            ConfigError: that is not possible; the text says where and why.
+        """
+        self._listeners = listen(self.options)
+        for listener in self._listeners:
+            listener.socket.setblocking(False)
+
+    @property
+    def listening(self) -> list[str]:
+        """Where the server listens, for people."""
+        return [str(listener) for listener in self._listeners]
+
+    @property
+    def port(self) -> int | None:
+        """The TCP or vsock port."""
+        return self._listeners[0].port
+
+    @property
+    def unix_path(self) -> str | None:
+        """The path of the Unix socket."""
+        return self._listeners[0].unix_path
+
+    @property
+    def uri(self) -> str:
+        """The NBD URI by which a client on this machine finds the server."""
+        name = self.options.address
+        host = "localhost" if name in (None, "any") else str(self._listeners[0].socket.getsockname()[0])
+        transport, export_name = self.options.transport, self.options.export_name
+        return make_uri(transport, export_name, port=self.port, unix_path=self.unix_path, host=host)
+
+    def close(self) -> None:
+        """Stop listening, and remove the sockets that were made."""
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = []
+
+    # --- from any thread, and from signal handlers ---
+
+    def shutdown(self) -> None:
+        """Begin an orderly shutdown: no new clients, and those that are connected may take their replies."""
+        self._stopping = True
+        self._wake()
+
+    def abort(self) -> None:
+        """End at once: all connections break."""
+        self._aborting = True
+        self.shutdown()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"\0")
+
+    # --- the main loop ---
+
+    def serve(self, stack: Stack) -> bool:
+        """Serve clients until :meth:`shutdown`; then end, in bounded time.
+
+        Returns whether every session ended; one may be held up by a backend that does not return.
+        """
+        try:
+            while not self._stopping:
+                self._wait_and_accept(stack)
+        finally:
+            self.close()
+        self._log.debug("shutting down")
+        return self._end_sessions()
+
+    def _wait_and_accept(self, stack: Stack) -> None:
+        poll = select.poll()
+        poll.register(self._wake_read, select.POLLIN)
+        by_fd = {listener.socket.fileno(): listener.socket for listener in self._listeners}
+        for fd in by_fd:
+            poll.register(fd, select.POLLIN)
+        while not self._stopping:
+            for fd, _ in poll.poll(self._until_next_deadline()):
+                if fd in by_fd and not self._accept(by_fd[fd], stack):
+                    self._take_a_breather()
+            self._end_late_handshakes()
+            self._drain_wakeups()
+
+    def _accept(self, listening: socket.socket, stack: Stack) -> bool:
+        """Accept one client; False if the system has no room for it now."""
+        try:
+            sock, _ = listening.accept()
+        except OSError as error:
+            if error.errno in _CLIENT_GONE:
+                return True
+            self._complain("cannot accept a client: %s", error.strerror)
+            return False
+        self._clients += 1
+        try:
+            session = Session(sock, self._clients, stack, self.options, self._log, self._established)
+        except OSError as error:  # gone before it could be looked at
+            self._log.info("connection %d: %s", self._clients, error)
+            sock.close()
+            return True
+        return self._start(session, sock)
+
+    def _start(self, session: Session, sock: socket.socket) -> bool:
+        thread = threading.Thread(target=self._run, args=(session,), name=session.name, daemon=True)
+        with self._lock:
+            self._sessions[session] = thread
+            self._handshakes[session] = time.monotonic() + (self.options.handshake_timeout or float("inf"))
+            crowded = len(self._handshakes) > self.options.max_handshakes
+            oldest = next(iter(self._handshakes))
+        if crowded:
+            self._complain("too many unfinished handshakes, the oldest is closed: %s", oldest.name)
+            self._established(oldest)
+            oldest.abort()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self._forget(session)
+            sock.close()
+            self._complain("cannot serve a client: %s", error)
+            return False
+        return True
+
+    def _run(self, session: Session) -> None:
+        try:
+            session.run()
+        finally:
+            self._forget(session)
+
+    def _forget(self, session: Session) -> None:
+        with self._ended:
+            self._handshakes.pop(session, None)
+            self._sessions.pop(session, None)
+            self._ended.notify_all()
+
+    def _established(self, session: Session) -> None:
+        with self._lock:
+            self._handshakes.pop(session, None)
+
+    # --- deadlines ---
+
+    def _until_next_deadline(self) -> float | None:
+        """Milliseconds until the oldest handshake has to end; None if nothing has to."""
+        with self._lock:
+            deadline = next(iter(self._handshakes.values()), float("inf"))
+        # A little late rather than a little early, which would mean to come back at once.
+        return None if deadline == float("inf") else max(0.0, (deadline - time.monotonic()) * 1000 + 1)
+
+    def _end_late_handshakes(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            late = [session for session, deadline in self._handshakes.items() if deadline <= now]
+            for session in late:
+                del self._handshakes[session]
+        for session in late:
+            self._log.error("%s: handshake not finished in time, closed", session.name)
+            session.abort()
+
+    def _take_a_breather(self) -> None:
+        """Leave clients in the queue for a moment, as there is no room; but wake up for a shutdown."""
+        select.select([self._wake_read], [], [], _BREATHER)
+
+    def _drain_wakeups(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+
+    def _complain(self, message: str, *args: object) -> None:
+        now = time.monotonic()
+        if now - self._complained >= _COMPLAINT_INTERVAL:
+            self._complained = now
+            self._log.error(message, *args)
+
+    # --- the end ---
+
+    def _end_sessions(self) -> bool:
+        """Let sessions finish what they are at, break those that do not in time."""
+        with self._lock:
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.stop()
+        self._wait_for_sessions(self.options.drain)
+        with self._lock:
+            left = list(self._sessions)
+        for session in left:
+            session.abort()
+        self._aborting = False
+        self._wait_for_sessions(_GRACE)
+        with self._lock:
+            stuck = [session.name for session in self._sessions]
+        if stuck:
+            self._log.error("still held up in the backend, abandoned: %s", ", ".join(stuck))
+        return not stuck
+
+    def _wait_for_sessions(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        with self._ended:
+            while self._sessions and not self._aborting and time.monotonic() < deadline:
+                # In short steps, since a signal handler may not take the lock to notify us.
+                self._ended.wait(min(0.05, max(0.0, deadline - time.monotonic())))

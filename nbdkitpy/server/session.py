@@ -1,0 +1,268 @@
+"""One client, from the accepted socket to the closed one."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import socket
+from collections.abc import Callable
+
+from nbdkitpy.backend import Support, ThreadModel
+from nbdkitpy.protocol.constants import BASE_ALLOCATION, Option, OptionReply, TransmissionFlag
+from nbdkitpy.protocol.errors import RemoteProtocolError, printable
+from nbdkitpy.protocol.handshake import (
+    Closed,
+    ExportFacts,
+    Handshake,
+    ListExports,
+    Negotiated,
+    OpenExport,
+    Ready,
+)
+from nbdkitpy.protocol.messages import BlockSizeInfo, oldstyle_greeting
+from nbdkitpy.protocol.replies import ExtendedReplies, Replies, SimpleReplies, StructuredReplies
+from nbdkitpy.protocol.transmission import MAX_PAYLOAD, Transmission
+from nbdkitpy.server.engine import Engine, describe
+from nbdkitpy.server.options import ServerOptions
+from nbdkitpy.server.transport import Transport, describe_client
+from nbdkitpy.stack import Capabilities, Stack
+from nbdkitpy.stack import OpenExport as Opened
+
+__all__ = ["Session", "transmission_flags"]
+
+#: Of the handshake; none of its messages is long.
+_HANDSHAKE_BUFFER = 4096
+
+_NO_OPTIONS = Negotiated(structured_replies=False, extended_headers=False, contexts=())
+
+
+class Session:
+    """Serves one client. :meth:`run` is the whole life of a connection, in a thread of its own.
+
+    Args:
+        sock: The connection; the session owns it.
+        number: Of the connection, counted from 1.
+        established: Called when the handshake is over.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        number: int,
+        stack: Stack,
+        options: ServerOptions,
+        log: logging.Logger,
+        established: Callable[[Session], None],
+    ) -> None:
+        self.name = f"{stack.plugin.name}[{number}]"
+        self._transport = Transport(sock)
+        self._client = describe_client(sock, number)
+        self._stack = stack
+        self._options = options
+        self._log = log
+        self._established = established
+        self._export: Opened | None = None  # what the client has open
+        self._engine: Engine | None = None
+        self._stopping = False
+
+    # --- from any thread ---
+
+    def stop(self) -> None:
+        """Finish what the client has asked for so far, refuse the rest, and end."""
+        self._stopping = True
+        if self._engine is not None:
+            self._engine.stop()
+        else:
+            self._transport.stop_receiving()
+
+    def abort(self) -> None:
+        """End at once: the connection breaks."""
+        self._transport.abort()
+
+    # --- in the session's own thread ---
+
+    def run(self) -> None:
+        """Serve the client until it leaves. Whatever happens ends here, and is logged."""
+        try:
+            self._serve()
+        except RemoteProtocolError as error:
+            self._log.error("%s: %s: %s", self.name, self._client, error)
+        except OSError as error:
+            self._log.info("%s: %s: connection lost: %s", self.name, self._client, describe(error))
+        except BaseException as error:
+            self._log.error("%s: %s: %s", self.name, self._client, describe(error), exc_info=error)
+        finally:
+            try:
+                self._close_export()
+            finally:
+                self._transport.close()
+
+    def _serve(self) -> None:
+        if not self._permitted():
+            return
+        if self._options.oldstyle:
+            negotiated, received = _NO_OPTIONS, b""
+            facts = self._open(OpenExport("", Option.EXPORT_NAME, wants_description=False), negotiated)
+            self._transport.send([oldstyle_greeting(facts.size, facts.flags)])
+        else:
+            handshake = Handshake(
+                handshake_flags=self._options.handshake_flags,
+                structured_replies=self._options.structured_replies,
+                meta_contexts=self._options.meta_contexts,
+            )
+            if not self._negotiate(handshake):
+                return
+            negotiated, received = handshake.negotiated, handshake.take_unprocessed()
+            del handshake
+        self._established(self)
+        self._transmit(negotiated, received)
+
+    def _permitted(self) -> bool:
+        try:
+            self._stack.preconnect(self._client, self._options.readonly)
+        except OSError as error:
+            self._log.error("%s: %s: refused: %s", self.name, self._client, error.strerror or error)
+            return False
+        self._log.debug("%s: %s: accepted", self.name, self._client)
+        return True
+
+    # --- handshake ---
+
+    def _negotiate(self, handshake: Handshake) -> bool:
+        """Go through the handshake; False if the client took its leave, or just left."""
+        buffer = memoryview(bytearray(_HANDSHAKE_BUFFER))
+        while True:
+            handshake.shutting_down = self._stopping
+            event = handshake.next_event()
+            if isinstance(event, OpenExport):
+                self._answer_open(handshake, event)
+            elif isinstance(event, ListExports):
+                self._answer_list(handshake)
+            output = handshake.data_to_send()
+            if output:  # after each event, as a list of exports may be long
+                self._transport.send([output])
+            if isinstance(event, (Ready, Closed)):
+                return isinstance(event, Ready)
+            if event is not None:
+                continue
+            count = self._transport.receive_into(buffer)
+            if not count:
+                self._log.debug("%s: left during the handshake", self.name)
+                return False
+            handshake.receive_data(buffer[:count])
+
+    def _answer_open(self, handshake: Handshake, event: OpenExport) -> None:
+        try:
+            facts = self._open(event, handshake.negotiated)
+        except BaseException as error:
+            self._close_export()
+            expected = isinstance(error, OSError)
+            if not expected or event.option is not Option.EXPORT_NAME:  # that ends the connection, which is logged
+                failed, trace = printable(event.name), None if expected else error
+                self._log.error('%s: cannot open export "%s": %s', self.name, failed, describe(error), exc_info=trace)
+            reason = (error.strerror if isinstance(error, OSError) else None) or "the export cannot be opened"
+            handshake.export_refused(OptionReply.ERR_UNKNOWN, reason)
+            return
+        if event.option is Option.INFO:
+            self._close_export()
+        handshake.export_opened(facts)
+
+    def _open(self, event: OpenExport, negotiated: Negotiated) -> ExportFacts:
+        """Open what the client asks for, and return what it is told of that."""
+        readonly = self._options.readonly
+        client = dataclasses.replace(self._client, is_probe=event.option is Option.INFO)
+        name = event.name or self._stack.default_export(client, readonly)
+        self._export = self._stack.open(name, readonly, client)
+        capabilities = self._export.capabilities
+        description = self._export.description() if event.wants_description else None
+        self._log.debug('%s: opened export "%s": %s', self.name, printable(name), capabilities)
+        return ExportFacts(
+            size=capabilities.size,
+            flags=transmission_flags(capabilities, negotiated),
+            name=name or None,
+            description=description,
+            block_size=BlockSizeInfo(*capabilities.block_size) if capabilities.block_size else BlockSizeInfo(),
+        )
+
+    def _answer_list(self, handshake: Handshake) -> None:
+        try:
+            exports = self._stack.list_exports(self._client, self._options.readonly)
+        except BaseException as error:
+            self._log.error("%s: cannot list the exports: %s", self.name, describe(error))
+            handshake.list_refused(OptionReply.ERR_PLATFORM, "the exports cannot be listed")
+            return
+        handshake.exports_listed(exports)
+
+    # --- transmission ---
+
+    def _transmit(self, negotiated: Negotiated, received: bytes) -> None:
+        export = self._export
+        if export is None:  # not reached: the handshake ends by opening one
+            raise RuntimeError("no export is open")
+        serial = self._stack.model < ThreadModel.PARALLEL or self._options.threads == 1
+        self._engine = Engine(
+            self._transport,
+            export,
+            _transmission(export.capabilities, negotiated),
+            _replies(negotiated),
+            threads=0 if serial else self._options.threads,
+            lock=self._stack.request_lock,
+            log=self._log,
+            name=self.name,
+        )
+        if self._stopping:
+            self._engine.stop()
+        self._engine.run(received)
+        self._log.debug("%s: finished", self.name)
+
+    def _close_export(self) -> None:
+        export, self._export = self._export, None
+        if export is None:
+            return
+        try:
+            export.close()
+        except BaseException as error:
+            self._log.error("%s: closing the export: %s", self.name, describe(error), exc_info=error)
+
+
+def _transmission(capabilities: Capabilities, negotiated: Negotiated) -> Transmission:
+    sizes = capabilities.block_size
+    return Transmission(
+        capabilities.size,
+        transmission_flags(capabilities, negotiated),
+        minimum=sizes.minimum if sizes else 1,
+        maximum=sizes.maximum if sizes else MAX_PAYLOAD,
+        structured=negotiated.structured_replies,
+        extended=negotiated.extended_headers,
+        contexts=BASE_ALLOCATION in negotiated.contexts,
+    )
+
+
+def _replies(negotiated: Negotiated) -> Replies:
+    if negotiated.extended_headers:
+        return ExtendedReplies()
+    return StructuredReplies() if negotiated.structured_replies else SimpleReplies()
+
+
+def transmission_flags(capabilities: Capabilities, negotiated: Negotiated) -> TransmissionFlag:
+    """Return what a client is told that it can do with an export, and is then held to."""
+    chunked = negotiated.structured_replies or negotiated.extended_headers
+    offered = {
+        TransmissionFlag.HAS_FLAGS: True,
+        TransmissionFlag.READ_ONLY: not capabilities.can_write,
+        TransmissionFlag.SEND_FLUSH: capabilities.can_flush,
+        TransmissionFlag.SEND_FUA: capabilities.can_fua is not Support.NONE,
+        TransmissionFlag.ROTATIONAL: capabilities.is_rotational,
+        TransmissionFlag.SEND_TRIM: capabilities.can_trim,
+        TransmissionFlag.SEND_WRITE_ZEROES: capabilities.can_zero is not Support.NONE,
+        TransmissionFlag.SEND_FAST_ZERO: capabilities.can_fast_zero,
+        TransmissionFlag.SEND_DF: chunked,
+        TransmissionFlag.CAN_MULTI_CONN: capabilities.can_multi_conn,
+        TransmissionFlag.SEND_CACHE: capabilities.can_cache is not Support.NONE,
+        TransmissionFlag.BLOCK_STATUS_PAYLOAD: negotiated.extended_headers and bool(negotiated.contexts),
+    }
+    flags = TransmissionFlag(0)
+    for flag, is_offered in offered.items():
+        if is_offered:
+            flags |= flag
+    return flags

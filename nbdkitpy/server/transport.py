@@ -1,0 +1,126 @@
+"""A connected stream socket, as the engine wants it: whole gather writes, and files sent without being copied."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import struct
+from collections.abc import Sequence
+
+from nbdkitpy.backend import Buffer, Client, Family
+
+__all__ = ["Transport", "describe_client"]
+
+#: The kernel takes at most so many pieces in one call (IOV_MAX on Linux).
+_MOST_PIECES = 1024
+
+#: What sendfile says of its socket; any other error is of the file.
+_CONNECTION_ERRORS = frozenset(
+    {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.EBADF}
+)
+
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+_SO_PEERSEC = 31  # Python does not name it
+_FAMILIES = {
+    socket.AF_INET: Family.INET,
+    socket.AF_INET6: Family.INET6,
+    socket.AF_UNIX: Family.UNIX,
+    getattr(socket, "AF_VSOCK", None): Family.VSOCK,
+}
+
+
+class Transport:
+    """Sends and receives on `sock`, which it owns. One thread receives; who sends holds the lock of the sender."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+        sock.setblocking(True)
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        #: Fill a buffer with what has arrived; 0 at the end. Raises BlockingIOError after :meth:`set_patience`.
+        self.receive_into = sock.recv_into
+
+    def set_patience(self, seconds: float) -> None:
+        """Have receiving give up with BlockingIOError after so long, at no cost to each call; 0 is never."""
+        whole = int(seconds)
+        timeval = struct.pack("@ll", whole, int((seconds - whole) * 1_000_000))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+
+    def send(self, pieces: Sequence[Buffer], *, more: bool = False) -> None:
+        """Send all pieces, in order; `more` says that what follows belongs in the same packet."""
+        flags = socket.MSG_MORE if more else 0
+        for first in range(0, len(pieces), _MOST_PIECES):
+            some = pieces[first : first + _MOST_PIECES] if len(pieces) > _MOST_PIECES else pieces
+            sent = self._socket.sendmsg(some, (), flags)
+            if sent != sum(map(len, some)):
+                self._send_rest(some, sent)
+
+    def _send_rest(self, pieces: Sequence[Buffer], sent: int) -> None:
+        for piece in pieces:
+            if sent < len(piece):
+                self._socket.sendall(memoryview(piece)[sent:])
+            sent = max(0, sent - len(piece))
+
+    def send_file(self, fd: int, position: int, count: int) -> int:
+        """Send `count` bytes of a file, and return how many went: fewer only if no more can be had of the file.
+
+        Raises:
+            OSError: the connection is broken.
+        """
+        out = self._socket.fileno()
+        left = count
+        while left:
+            try:
+                sent = os.sendfile(out, fd, position, left)
+            except OSError as error:
+                if error.errno in _CONNECTION_ERRORS:
+                    raise
+                break
+            if not sent:
+                break
+            position += sent
+            left -= sent
+        return count - left
+
+    def stop_receiving(self) -> None:
+        """Have the receiving thread find the end of the stream, after what has already arrived."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
+
+    def abort(self) -> None:
+        """Break the connection: whoever waits to send or to receive finds out at once."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End the connection and free the descriptor. No thread may be using it any more."""
+        self.abort()
+        self._socket.close()
+
+
+def describe_client(sock: socket.socket, number: int) -> Client:
+    """Return what the system knows of the peer of `sock`. What it does not know stays None."""
+    family = _FAMILIES.get(sock.family, Family.UNKNOWN)
+    try:
+        name = sock.getpeername()
+    except OSError:  # it has gone already
+        return Client(number, Family.UNKNOWN)
+    label = _security_label(sock)
+    if family is Family.UNIX:
+        pid, uid, gid = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+        known = {name: value for name, value in (("pid", pid), ("uid", uid), ("gid", gid)) if value >= 0}
+        return Client(number, family, security_label=label, **known)
+    if family is Family.VSOCK:
+        return Client(number, family, cid=name[0], port=name[1], security_label=label)
+    if family is Family.UNKNOWN:
+        return Client(number, family)
+    return Client(number, family, address=name[0].partition("%")[0], port=name[1], security_label=label)
+
+
+def _security_label(sock: socket.socket) -> str | None:
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, _SO_PEERSEC, 256).rstrip(b"\0").decode("utf-8", "backslashreplace")
+    except OSError:  # no security module that labels sockets
+        return None
