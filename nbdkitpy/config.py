@@ -1,0 +1,142 @@
+"""What a server is started with, and the grammar of the parameters for its units. Pure, but for ``@PATH`` files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+from nbdkitpy.exceptions import ConfigError
+from nbdkitpy.parameters import Parameter, integer
+from nbdkitpy.server.options import ServerOptions
+
+__all__ = [
+    "Assignment",
+    "DebugFlag",
+    "ServerConfig",
+    "magic_key",
+    "parse_debug_flag",
+    "read_words",
+    "split_word",
+    "with_keys",
+]
+
+#: A parameter: its key, None for a bare word, and its value.
+Assignment: TypeAlias = tuple[str | None, str]
+
+_KEY_VALUE = re.compile(r"([A-Za-z][A-Za-z0-9._-]*)=(.*)", re.ASCII | re.DOTALL)
+_DEBUG_FLAG = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_.-]+)=(.*)", re.ASCII | re.DOTALL)
+_C_INT = integer(-(1 << 31), (1 << 31) - 1)
+
+#: What a bare word sets if it comes first and the plugin has no magic parameter.
+_SCRIPT = "script"
+
+
+class DebugFlag(NamedTuple):
+    """One ``-D UNIT.FLAG=VALUE``."""
+
+    unit: str
+    flag: str
+    value: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """All that the command line says, defaults filled in."""
+
+    plugin: str
+    filters: tuple[str, ...] = ()  #: outermost first
+    parameters: tuple[Assignment, ...] = ()  #: in the order given, of all units
+    server: ServerOptions = dataclasses.field(default_factory=ServerOptions)
+    run: str | None = None  #: shell command beside which the server runs
+    print_uri: bool = False
+    log: str = "default"
+    name: str = ""
+    verbose: bool = False
+    debug: tuple[DebugFlag, ...] = ()
+    exit_with_parent: bool = False
+
+
+def parse_debug_flag(text: str) -> DebugFlag:
+    """Parse ``NAME.FLAG=N``.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    match = _DEBUG_FLAG.fullmatch(text)
+    if match is None:
+        raise ValueError("NAME.FLAG=N, where N is an integer")
+    return DebugFlag(match[1], match[2], _C_INT(match[3]))
+
+
+def split_word(word: str) -> Assignment:
+    """Split a word at its first ``=`` if what is before it can be a key; else it is bare."""
+    match = _KEY_VALUE.fullmatch(word)
+    return (match[1], match[2]) if match else (None, word)
+
+
+def read_words(words: Iterable[str]) -> tuple[Assignment, ...]:
+    """Split each word, in order; ``@PATH`` stands for the lines of a file, which may do the same.
+
+    As in nbdkit, PATH has a slash in it: ``@name`` is a word like any other.
+
+    Raises:
+        ConfigError: a file cannot be read, or includes itself.
+    """
+    return tuple(_expanded(words, directory="", including=()))
+
+
+def _expanded(words: Iterable[str], directory: str, including: tuple[str, ...]) -> Iterator[Assignment]:
+    for word in words:
+        if word.startswith("@") and "/" in word:
+            path = os.path.realpath(os.path.join(directory, word[1:]))
+            if path in including:
+                raise ConfigError(f"parameter file {path!r} includes itself (by {including[-1]!r})")
+            yield from _expanded(_lines(path), os.path.dirname(path), (*including, path))
+        else:
+            yield split_word(word)
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a parameter file but for blank ones and comments."""
+    try:
+        # As the command line is decoded, so that any file name can be said here too.
+        with open(path, encoding=sys.getfilesystemencoding(), errors="surrogateescape") as stream:
+            lines = [line.lstrip().removesuffix("\n") for line in stream]
+    except OSError as error:
+        raise ConfigError(f"parameter file {path!r} cannot be read: {error.strerror}") from error
+    if any("\0" in line for line in lines):
+        raise ConfigError(f"parameter file {path!r} is not a text: it has NUL in it")
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def magic_key(parameters: Mapping[str, Parameter[Any]]) -> str | None:
+    """Return the key of the parameter that bare words are values of, if there is one."""
+    return next((key for key, parameter in parameters.items() if parameter.magic), None)
+
+
+def with_keys(
+    assignments: Iterable[Assignment], plugin: str, parameters: Mapping[str, Parameter[Any]]
+) -> list[tuple[str, str]]:
+    """Give each bare word the key that it has for `plugin`, whose `parameters` are given.
+
+    Raises:
+        ConfigError: it has none: the plugin has no magic parameter, and it is not the first, for ``script``.
+    """
+    magic = magic_key(parameters)
+    first = _SCRIPT if magic is None and _SCRIPT in parameters else magic
+    result = []
+    for position, (key, value) in enumerate(assignments):
+        meant = key or (magic if position else first)
+        if meant is None:
+            raise ConfigError(_no_key(plugin, value, parameters))
+        result.append((meant, value))
+    return result
+
+
+def _no_key(plugin: str, word: str, parameters: Mapping[str, Parameter[Any]]) -> str:
+    known = ", ".join(f"{key}={parameter.metavar}" for key, parameter in parameters.items())
+    return f"{plugin}: {word!r} must be KEY=VALUE; parameters: {known or 'none'}"

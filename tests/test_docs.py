@@ -1,0 +1,342 @@
+"""The documentation says what there is: each option, parameter and part of the contract, and nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from nbdkitpy import Backend, Client, Filter, FilterHandle, Handle, Plugin, hookspecs
+from nbdkitpy.stack import Stack
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+CONTRACT = ROOT / "docs" / "contract.md"
+OPTIONS = ROOT / "docs" / "options.md"
+
+UNIT_HEADINGS = ["Synopsis", "Description", "Parameters", "Examples", "Notes", "See also"]
+
+#: Directories that hold what was made, not what was written.
+MADE = re.compile(r"\.(?!ci$).*|build|dist|htmlcov|__pycache__|.*\.egg-info")
+
+
+def repository_files() -> Iterator[Path]:
+    for directory, subdirectories, files in os.walk(ROOT):
+        subdirectories[:] = [name for name in subdirectories if not MADE.fullmatch(name)]
+        yield from (Path(directory, name) for name in files if not name.startswith(".coverage"))
+
+
+MARKDOWN = sorted(path for path in repository_files() if path.suffix == ".md")
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def prose(path: Path) -> str:
+    """The text of a page without its blocks of code."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
+
+
+def headings(path: Path, level: int) -> list[str]:
+    return re.findall(rf"^{'#' * level} (.+)$", prose(path), re.MULTILINE)
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+# --- the command line -----------------------------------------------------------------------------------------------
+
+
+def options_of_the_program() -> dict[frozenset[str], click.Option]:
+    from nbdkitpy import cli
+
+    command = cli.command()
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    help_option = command.get_help_option(click.Context(command))
+    if help_option is not None and not any("--help" in option.opts for option in options):
+        options.append(help_option)
+    return {frozenset(option.opts + option.secondary_opts): option for option in options}
+
+
+def documented_options() -> dict[frozenset[str], str]:
+    """The names in each heading of the page of options, with what follows the last: the metavar."""
+    found = {}
+    for heading in headings(OPTIONS, 3):
+        names = re.findall(r"`(--?[\w-]+)[^`]*`", heading)
+        found[frozenset(names)] = heading.rpartition(names[-1])[2].strip(" `")
+    return found
+
+
+def test_every_option_with_all_its_names_is_documented_and_no_other() -> None:
+    assert set(documented_options()) == set(options_of_the_program())
+
+
+def test_options_are_documented_with_the_values_that_they_take() -> None:
+    assert documented_options() == {names: option.metavar or "" for names, option in options_of_the_program().items()}
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """The words of each command line in an indented block that begins with the program's name."""
+    text = path.read_text().replace("\\\n", " ")
+    for line in re.findall(r"^    (nbdkitpy .*)$", text, re.MULTILINE):
+        yield shlex.split(line, comments=True)
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=named)
+def test_commands_in_the_documentation_use_options_that_there_are(path: Path) -> None:
+    known = frozenset().union(*options_of_the_program())
+    used = {word for words in commands(path) for word in words[1:] if re.match("--?[A-Za-z0-9]", word)}
+
+    unknown = {word for word in used if (word.partition("=")[0] if word.startswith("--") else word[:2]) not in known}
+
+    assert not unknown
+
+
+# --- plugins and filters --------------------------------------------------------------------------------------------
+
+
+def entry_points() -> list[tuple[str, str, str]]:
+    """Kind, name and module of each plugin and filter that comes with the package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups: dict[str, dict[str, str]] = project["entry-points"]
+    return [
+        (kind, name, module)
+        for kind in ("plugin", "filter")
+        for name, module in sorted(groups[f"nbdkitpy.{kind}s"].items())
+    ]
+
+
+UNITS = [pytest.param(*unit, id=f"{unit[1]}-{unit[0]}") for unit in entry_points()]
+
+
+def unit_readme(kind: str, name: str) -> Path:
+    return ROOT / f"{kind}s" / f"nbdkitpy_{kind}s" / name / "README.md"
+
+
+def registered(module: Any) -> list[type[Backend]]:
+    """The classes that the hooks of `module` hand over."""
+    classes: list[type[Backend]] = []
+    for hook in hook_names():
+        implementation: Callable[[Callable[[type[Backend]], None]], None] | None = getattr(module, hook, None)
+        if implementation is not None:
+            implementation(classes.append)
+    return classes
+
+
+def class_of(module: str, name: str) -> type[Backend]:
+    (found,) = [cls for cls in registered(importlib.import_module(module)) if cls.name == name]
+    return found
+
+
+def test_every_directory_of_a_unit_is_an_entry_point() -> None:
+    directories = {
+        (kind, path.name)
+        for kind in ("plugin", "filter")
+        for path in (ROOT / f"{kind}s" / f"nbdkitpy_{kind}s").iterdir()
+        if path.is_dir() and not MADE.fullmatch(path.name)
+    }
+
+    assert directories == {(kind, name) for kind, name, _ in entry_points()}
+
+
+@pytest.mark.parametrize(("kind", "name", "module"), UNITS)
+def test_readme_of_a_unit_has_the_fixed_headings(kind: str, name: str, module: str) -> None:
+    path = unit_readme(kind, name)
+
+    assert headings(path, 1) == [f"nbdkitpy-{name}-{kind}"]
+    assert headings(path, 2) == UNIT_HEADINGS
+
+
+@pytest.mark.parametrize(("kind", "name", "module"), UNITS)
+def test_readme_of_a_unit_documents_its_parameters_and_no_other(kind: str, name: str, module: str) -> None:
+    section = prose(unit_readme(kind, name)).partition("\n## Parameters\n")[2].partition("\n## ")[0]
+    declared = class_of(module, name).parameters
+
+    documented = [heading.replace("`", "") for heading in re.findall(r"^### (.+)$", section, re.MULTILINE)]
+
+    assert documented == [f"{key}={parameter.metavar}" for key, parameter in declared.items()]
+
+
+@pytest.mark.parametrize(("kind", "name", "module"), UNITS)
+def test_readme_links_to_every_unit(kind: str, name: str, module: str) -> None:
+    assert f"({named(unit_readme(kind, name))})" in README.read_text()
+
+
+# --- the contract ---------------------------------------------------------------------------------------------------
+
+
+def hook_names() -> list[str]:
+    return [name for name, value in vars(hookspecs).items() if hasattr(value, f"{hookspecs.PROJECT}_spec")]
+
+
+def written(name: str, value: object, *, method: bool) -> str:
+    """A member as the tables of the contract write it: ``pread(count, offset)``, ``name``."""
+    if not inspect.isroutine(value):
+        return name
+    parameters = list(inspect.signature(value).parameters)[method:]
+    return f"{name}({', '.join(parameters)})"
+
+
+def members_of_the_contract() -> Iterator[str]:
+    for cls in (Backend, Plugin, Filter, Handle, FilterHandle):
+        inherited = {name for base in cls.__mro__[1:] for name in (*vars(base), *inspect.get_annotations(base))}
+        for name in {**inspect.get_annotations(cls), **vars(cls)}:
+            if not name.startswith("_") and name not in inherited:
+                yield f"{cls.__name__}.{written(name, getattr(cls, name, None), method=True)}"
+
+
+def rows(text: str) -> list[str]:
+    """What stands as code in the first column of tables."""
+    return re.findall(r"^\| `([^`|]+)` \|", text, re.MULTILINE)
+
+
+def test_contract_documents_every_member_and_no_other() -> None:
+    documented = [row for row in rows(CONTRACT.read_text()) if re.match(r"[A-Z]\w+\.", row)]
+
+    assert sorted(documented) == sorted(members_of_the_contract())
+
+
+def test_contract_documents_every_hook_and_no_other() -> None:
+    section = CONTRACT.read_text().partition("\n## Hooks\n")[2].partition("\n## ")[0]
+
+    assert rows(section) == [written(name, getattr(hookspecs, name), method=False) for name in hook_names()]
+
+
+def test_contract_lists_the_verbs_and_questions_in_the_order_of_the_code() -> None:
+    documented = [row for row in rows(CONTRACT.read_text()) if row.startswith("Handle.") and row.endswith(")")]
+
+    in_code = [member for member in members_of_the_contract() if member in documented]
+
+    assert documented == in_code
+
+
+def test_contract_mentions_everything_that_units_may_import() -> None:
+    import nbdkitpy
+
+    page = CONTRACT.read_text()
+
+    assert not [name for name in nbdkitpy.__all__ if name != "__version__" and not re.search(rf"\b{name}\b", page)]
+
+
+class NoServer:
+    def shutdown(self) -> None:
+        raise AssertionError("nobody asked for this")
+
+
+def units_in(code: str) -> list[type[Backend]]:
+    """Run an example, and return the classes that it registers."""
+    module = type(sys)("example")
+    exec(compile(code, "example", "exec"), vars(module))
+    return registered(module)
+
+
+def opened(plugin: type[Backend], filters: list[type[Backend]], **parameters: str) -> Handle:
+    """The outermost handle of a stack of examples, with these parameters."""
+    inner, outer = plugin(), [cls() for cls in filters]
+    assert isinstance(inner, Plugin)
+    stack = Stack(inner, [each for each in outer if isinstance(each, Filter)], NoServer())
+    for key, value in parameters.items():
+        stack.config(key, value)
+    stack.config_complete()
+    stack.preconnect(Client(1), False)
+    return stack.open("", False, Client(1)).handle
+
+
+def test_plugin_of_the_readme_works() -> None:
+    (code,) = blocks(README, "python")
+
+    (plugin,) = units_in(code)
+    handle = opened(plugin, [])
+
+    assert handle.get_size() == 1 << 30
+    assert handle.pread(3, 4096) == b"\xff\xff\xff"
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+
+
+def test_plugin_and_filter_of_the_contract_work_together() -> None:
+    ones, quiet, _ = blocks(CONTRACT, "python")
+
+    (plugin,), (filter_,) = units_in(ones), units_in(quiet)
+    handle = opened(plugin, [filter_], size="1M", until="0")
+
+    assert handle.get_size() == 1 << 20
+    assert handle.pread(3, 4096) == b"\xff\xff\xff"
+    assert vars(handle)["read"] == 3
+
+
+def test_filter_of_the_contract_refuses_clients() -> None:
+    ones, quiet, _ = blocks(CONTRACT, "python")
+    (plugin,), (filter_,) = units_in(ones), units_in(quiet)
+
+    with pytest.raises(OSError, match="not time yet"):
+        opened(plugin, [filter_], size="1M", until="24")
+
+
+def test_package_of_the_contract_names_its_examples() -> None:
+    (text,) = blocks(CONTRACT, "toml")
+    ones, quiet, _ = blocks(CONTRACT, "python")
+
+    points = tomllib.loads(text)["project"]["entry-points"]
+
+    assert list(points["nbdkitpy.plugins"]) == [cls.name for cls in units_in(ones)]
+    assert list(points["nbdkitpy.filters"]) == [cls.name for cls in units_in(quiet)]
+
+
+def test_parameters_of_the_contract_are_as_its_comments_say() -> None:
+    *_, sketch = blocks(CONTRACT, "python")
+    module = type(sys)("example")
+    exec(compile(sketch, "example", "exec"), vars(module))
+    unit: Any = vars(module)["Sketch"]()
+
+    for key, value in [("size", "1k"), ("deny", "1"), ("deny", "2"), ("keep-open", "no")]:
+        assert unit.config(key, value)
+    unit.config_complete()
+
+    assert (unit.size, unit.mode, unit.depth, unit.strict) == (1024, "safe", 4, False)
+    assert (unit.keep_open, unit.index, unit.deny) == (False, None, (1, 2))
+
+
+# --- all pages, all files -------------------------------------------------------------------------------------------
+
+
+def anchors(path: Path) -> set[str]:
+    """What the headings of a page are called in links, as the usual sites do it."""
+    titles = re.findall(r"^#+ (.+)$", prose(path), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=named)
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(path)) if not re.match(r"\w+:", link)]
+
+    for link in links:
+        target, _, anchor = link.partition("#")
+        page = path.parent / target if target else path
+        assert page.exists(), link
+        assert not anchor or anchor in anchors(page), link
+
+
+def test_no_file_names_a_path_of_the_place_where_it_was_written() -> None:
+    # Written so that this file does not name one either.
+    foreign = re.compile(rb"/wor[k]/(main|shared|venv)|/tmp/peer[s]|\.\./share[d]/|/roo[t]/\.pyenv")
+
+    found = [named(path) for path in repository_files() if path.is_file() and foreign.search(path.read_bytes())]
+
+    assert not found
