@@ -185,7 +185,7 @@ class Transmission:
         self._wanted = max(self._wanted, 1 << (self._needed - 1).bit_length())
         if self._wanted > len(self._buffer):
             self._replace_buffer()
-        elif self._start + self._needed > len(self._buffer) or self._end == len(self._buffer):
+        elif self._start + self._needed > len(self._buffer):
             left = self._end - self._start
             self._view[:left] = self._view[self._start : self._end]
             self._start, self._end = 0, left
@@ -224,8 +224,12 @@ class Transmission:
         self._plain_read = self._plain_write = 0
 
     def keep_payload(self, payload: memoryview) -> memoryview:
-        """Return `payload` so that it stays valid: as it is if it has a buffer of its own, else as a copy."""
-        if payload.obj is self._own_buffer:
+        """Return `payload` so that it stays valid: as it is if it has a buffer of its own, else as a copy.
+
+        What is kept holds at most twice the memory of its length, so that lengths can be counted for memory.
+        """
+        # The buffer may be that of a larger payload before this one.
+        if payload.obj is self._own_buffer and len(self._own_buffer) <= 2 * len(payload):
             self._own_buffer = bytearray()
             return payload
         return memoryview(bytes(payload))
@@ -234,9 +238,10 @@ class Transmission:
         """Give memory back: the client has been quiet for a while. Payloads given out before end here."""
         if self._landing is None:
             self._own_buffer = bytearray()
-        if self._start == self._end and len(self._buffer) > _SMALL_BUFFER:
+        elif len(self._own_buffer) > self._own_limit():  # from a larger payload before this one
+            self._own_buffer = self._own_buffer[: self._own_limit()]
+        if self._end - self._start < _SMALL_BUFFER < len(self._buffer):
             self._wanted = _SMALL_BUFFER
-            self._start = self._end = 0
             self._replace_buffer()
 
     def _replace_buffer(self) -> None:
@@ -252,20 +257,24 @@ class Transmission:
         assert self._landing is not None
         length = self._landing.length
         if self._landed == len(self._own_buffer):
-            # Grow with what arrives, not with what is announced: 28 bytes must not buy megabytes.
-            grown = bytearray(min(length, max(_LARGE_BUFFER, 4 * self._landed)))
+            grown = bytearray(min(length, self._own_limit()))
             grown[: self._landed] = self._own_buffer
             self._own_buffer = grown
         return memoryview(self._own_buffer)[self._landed : length]
+
+    def _own_limit(self) -> int:
+        # It grows with what arrives, not with what is announced: 28 bytes must not buy megabytes.
+        return max(_LARGE_BUFFER, 4 * self._landed)
 
     def _received_own(self, count: int) -> list[Request]:
         assert self._landing is not None
         self._landed += count
         request = self._landing
-        if self._landed < request.length:
-            return []
-        self._landing = None
-        return [request._replace(payload=memoryview(self._own_buffer)[: request.length])]
+        requests: list[Request] = []
+        if self._landed == request.length:
+            self._landing = None
+            self._accept(requests, request._replace(payload=memoryview(self._own_buffer)[: request.length]))
+        return requests
 
     # --- requests ---
 
@@ -291,6 +300,8 @@ class Transmission:
                 requests.append(Request(_READ, 0, cookie, offset, length, _NO_PAYLOAD))
             elif not self._step(requests, Request(command, flags, cookie, offset, length, _NO_PAYLOAD)):
                 break
+        if self.finished:
+            self._start = self._end  # what is behind the end is not looked at, and must not fill the buffer
         return requests
 
     def _step(self, requests: list[Request], request: Request) -> bool:
@@ -445,7 +456,7 @@ class Transmission:
         self._skipping -= skipped
         if self._skipping:
             return False
-        if self._skipped_for is not None:
-            self.refusals.append(self._skipped_for)
-            self._skipped_for = None
+        assert self._skipped_for is not None
+        self.refusals.append(self._skipped_for)
+        self._skipped_for = None
         return True
