@@ -70,6 +70,9 @@ _SELECTED_BY_LIST = (b"base:", BASE_ALLOCATION.encode())
 _SELECTED_BY_SET = (BASE_ALLOCATION.encode(),)
 
 _INFO_TYPES = frozenset(InfoType)
+#: What a client may well ask for: whether we know it, and what is our own affair.
+_NO_FAULT = frozenset({OptionReply.ERR_UNSUP, OptionReply.ERR_SHUTDOWN})
+
 _CHUNKED_REPLIES = frozenset({Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS})
 _META_CONTEXTS = frozenset({Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT})
 
@@ -167,6 +170,7 @@ class Handshake:
         "_state",
         "_structured_replies",
         "_withheld",
+        "refusals",
         "shutting_down",
     )
 
@@ -193,6 +197,8 @@ class Handshake:
         if not meta_contexts:
             self._withheld |= _META_CONTEXTS
         self.shutting_down = False
+        #: What was wrong with options that were refused, since the driver last took it from here.
+        self.refusals: list[str] = []
 
         self._state = _State.CLIENT_FLAGS
         self._event: Event | None = None  # the next to be taken
@@ -368,6 +374,8 @@ class Handshake:
             self._RULES[self._option].carry_out(self, data)
         except OptionError as error:
             self._refuse(error.reply, str(error))
+            if error.reply not in _NO_FAULT:
+                self.refusals.append(f"option {_option_name(self._option)}: {printable(str(error))}")
 
     # Options: each method takes the data, which is no longer than its rule says, and answers or raises OptionError.
 
@@ -485,3 +493,7 @@ class Handshake:
         Option.SET_META_CONTEXT: _Rule(_set_meta_context, _MAX_KEPT, OptionReply.ERR_TOO_BIG),
         Option.EXTENDED_HEADERS: _Rule(_extended),
     }
+
+
+def _option_name(option: int) -> str:
+    return Option(option).name if option in Handshake._RULES else str(option)

@@ -147,7 +147,7 @@ class Transmission:
         # Requests without flags and up to these lengths need no closer look; none once all are refused.
         self._plain_read = self._maximum
         self._plain_write = 0 if flags & TransmissionFlag.READ_ONLY else self._maximum
-        self._plain_write_flags = _PAYLOAD_LEN if extended else 0
+        self._plain_write_flags = _PAYLOAD_LEN if extended else 0  # that a plain WRITE may have
 
         # Bytes that have arrived: buffer[start:end] are not consumed yet.
         self._buffer = bytearray(_SMALL_BUFFER)
@@ -326,16 +326,18 @@ class Transmission:
         return True
 
     def _payload_size(self, request: Request) -> int:
-        """How many bytes follow the header. A command that we do not know has none ("Request message")."""
-        if self._extended:
-            return request.length if request.flags & _PAYLOAD_LEN else 0
-        return request.length if request.command == _WRITE else 0
+        """How many bytes follow the header. A command that we do not know has none ("Request message").
+
+        With extended headers PAYLOAD_LEN says it. But qemu 10 sends a WRITE, and its payload, without the flag.
+        """
+        has_payload = request.command == _WRITE or (self._extended and request.flags & _PAYLOAD_LEN)
+        return request.length if has_payload else 0
 
     def _is_plain_write(self, request: Request) -> bool:
         """Whether this is the WRITE that nearly all are, so that :meth:`_check` would find nothing."""
         return (
             request.command == _WRITE
-            and request.flags == self._plain_write_flags
+            and not request.flags & ~self._plain_write_flags
             and 0 < request.length <= self._plain_write
             and request.offset + request.length <= self._size
             and not (request.offset | request.length) & self._misaligned
@@ -388,17 +390,12 @@ class Transmission:
         return None
 
     def _payload_problem(self, rule: _Rule, request: Request, payload_size: int) -> tuple[NbdError, str] | None:
-        if not self._extended:
+        if request.command == _WRITE or not (self._extended and request.flags & _PAYLOAD_LEN):
             return None
-        if request.command == Command.WRITE:
-            if not request.flags & _PAYLOAD_LEN:
-                return NbdError.EINVAL, "PAYLOAD_LEN is missing"
-        elif request.flags & _PAYLOAD_LEN:
-            chooses = request.command == Command.BLOCK_STATUS and self._flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD
-            if not chooses:
-                return NbdError.EINVAL, "it takes no payload"
-            if payload_size != _CHOSEN_CONTEXT.size:
-                return NbdError.EINVAL, f"a payload of {payload_size} bytes does not choose one context"
+        if request.command != Command.BLOCK_STATUS or not self._flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD:
+            return NbdError.EINVAL, "it takes no payload"
+        if payload_size != _CHOSEN_CONTEXT.size:
+            return NbdError.EINVAL, f"a payload of {payload_size} bytes does not choose one context"
         return None
 
     def _range_problem(self, rule: _Rule, request: Request, payload_size: int) -> tuple[NbdError, str] | None:

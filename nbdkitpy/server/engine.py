@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
-from nbdkitpy.backend import Buffer, Flags
-from nbdkitpy.extents import Extent, ExtentType, normalise_extents
+from nbdkitpy.backend import Buffer, FileRange, Flags
+from nbdkitpy.extents import MAX_EXTENTS, Extent, ExtentType, normalise_extents
 from nbdkitpy.protocol.constants import Command, CommandFlag
-from nbdkitpy.protocol.errors import nbd_error
+from nbdkitpy.protocol.errors import RemoteProtocolError, nbd_error
 from nbdkitpy.protocol.replies import Replies
 from nbdkitpy.protocol.transmission import MAX_PAYLOAD, Request, Transmission
 from nbdkitpy.server.sender import Budget, Sender
@@ -25,7 +25,7 @@ from nbdkitpy.server.transport import Transport
 from nbdkitpy.server.workers import Pace, Workers
 from nbdkitpy.stack import OpenExport
 
-__all__ = ["Engine", "checked_data", "describe"]
+__all__ = ["Engine", "checked_data", "checked_range", "describe", "reason"]
 
 #: Replies of a batch are sent when there are so many bytes of them, so that they do not pile up.
 _BATCH = 1 << 20
@@ -41,8 +41,15 @@ _MOST_PIECES = 32
 _IN_HAND = MAX_PAYLOAD
 _REQUEST_COST = 64 << 10
 
+#: Bytes of the longest reply to a BLOCK_STATUS.
+_MOST_STATUS = 16 * MAX_EXTENTS
+
 #: After so many seconds without a request, memory and workers are given back.
 _QUIET = 5.0
+
+#: What the system can take.
+_MAX_FD = (1 << 31) - 1
+_MAX_POSITION = (1 << 63) - 1
 
 #: So many refused requests of one client are logged; a client can send millions.
 _REFUSALS_LOGGED = 10
@@ -120,19 +127,12 @@ class Engine:
         self._alone = threads == 0
         #: A read that does not wait, or None if there is no way to be sure of that.
         self._pread_now: Callable[[int, int], Buffer | None] | None = handle.pread_nowait
-        if self._alone or "pread" in handle.inline:
+        if self._alone:
+            self._pread_now = self._paced_pread
+        if "pread" in handle.inline:
             self._pread_now = self._pread
-        self._inline = frozenset(_VERBS.values()) if self._alone else handle.inline
-        self._work: dict[int, Callable[[Request], list[Buffer]]] = {
-            Command.READ: self._do_read,
-            Command.WRITE: self._do_write,
-            Command.FLUSH: self._do_flush,
-            Command.TRIM: self._do_trim,
-            Command.CACHE: self._do_cache,
-            Command.WRITE_ZEROES: self._do_zero,
-            Command.BLOCK_STATUS: self._do_block_status,
-        }
-        self._paces = {command: Pace(quick=command in _QUICK_AT_FIRST) for command in self._work}
+        self._inline = handle.inline
+        self._paces = {command: Pace(quick=command in _QUICK_AT_FIRST) for command in _VERBS}
 
         # Replies on their way out.
         self._batch: list[Buffer] = []
@@ -168,8 +168,10 @@ class Engine:
         finally:
             self._budget.wait_until_unused()
             self._workers.stop()
+            del self._workers  # which refer to us: buffers of megabytes would wait for the garbage collector
         if transmission.failure is not None:
-            raise transmission.failure
+            # Not itself, as its traceback would refer to what refers to it, and keep all that from being freed.
+            raise RemoteProtocolError(*transmission.failure.args)
         if not transmission.finished and not transmission.at_boundary:
             self._log.info("%s: left in the middle of a request, which is dropped", self._name)
 
@@ -179,7 +181,8 @@ class Engine:
         self._transport.stop_receiving()
 
     def _rest(self) -> None:
-        self._workers.stop()
+        if self._budget.unused:  # else to stop the workers would be to wait for what they are at
+            self._workers.stop()
         self._transmission.rest()
 
     def _serve(self, requests: list[Request]) -> None:
@@ -205,6 +208,8 @@ class Engine:
                 self._batch_size += length
                 if self._batch_size >= _BATCH:
                     self._send_batch()
+            elif data is None and not self._alone:
+                self._hand_over(request)  # it was tried, and has to wait
             else:
                 self._dispatch_read(request)
         if self._transmission.refusals:
@@ -261,7 +266,7 @@ class Engine:
         """Answer a read if that can be done without waiting."""
         holes = None
         if self._may_have_holes(request):
-            if "extents" not in self._inline:
+            if "extents" not in self._inline and not self._alone:
                 return False
             holes = self._holes(request)
         if holes is None and self._read_from_file(request):
@@ -276,9 +281,10 @@ class Engine:
         _, _, cookie, offset, length, _ = request
         if length < _FROM_FILE or self._file_range is None:
             return False
-        where = self._file_range(length, offset)
-        if where is None:
+        found = self._file_range(length, offset)
+        if found is None:
             return False
+        where = checked_range(found)
         replies = self._replies
         if not replies.chunked:
             self._sender.send_file([*self._batch, replies.data(cookie, offset, length)], where, length, None)
@@ -297,9 +303,23 @@ class Engine:
 
     def _schedule(self, request: Request, pace: Pace) -> None:
         if self._alone or pace.quick:
+            self._send_if_slow(pace)
             self._append(self._timed(request, pace))
         else:
             self._hand_over(request)
+
+    def _send_if_slow(self, pace: Pace) -> None:
+        """Send the batch before a call that may take its time: replies do not wait for what comes after them."""
+        if self._batch and not pace.quick:
+            self._send_batch()
+
+    def _paced_pread(self, count: int, offset: int) -> Buffer:
+        pace = self._paces[_READ]
+        self._send_if_slow(pace)
+        begin = time.perf_counter()
+        data = self._pread(count, offset)
+        pace.took(time.perf_counter() - begin)
+        return data
 
     def _hand_over(self, request: Request) -> None:
         """Give a request to the workers, when there is room for one more."""
@@ -325,22 +345,22 @@ class Engine:
     def _perform(self, request: Request) -> list[Buffer]:
         """Carry out a request and return its reply, whatever happens."""
         try:
-            return self._work[request.command](request)
+            return _WORK[request.command](self, request)
         except BaseException as error:  # SystemExit too: nothing that a backend raises ends more than its request
             return [self._failure(request, error)]
 
     def _failure(self, request: Request, error: BaseException) -> bytes:
         """Log why a request failed, and return the reply that says so."""
-        number: int | None = errno.EIO
+        number, text, trace = _error_number(error), "internal error of the server", None
         if isinstance(error, OSError):
-            number, text, trace = error.errno, error.strerror or "input/output error", None
+            text = reason(error) or "input/output error"
         else:
-            text, trace = "internal error of the server", error
+            trace = error
         what = f"{_VERBS[request.command]} of {request.length} bytes at {request.offset}"
         self._log.error("%s: %s: %s", self._name, what, describe(error), exc_info=trace)
         fast_zero = bool(request.flags & CommandFlag.FAST_ZERO)
         wire = nbd_error(number, fast_zero=fast_zero, dont_fragment=bool(request.flags & _WIRE_DF))
-        return self._replies.error(request.cookie, request.offset, wire, str(text))
+        return self._replies.error(request.cookie, request.offset, wire, text)
 
     def _do_read(self, request: Request) -> list[Buffer]:
         holes = self._holes(request) if self._may_have_holes(request) else None
@@ -416,6 +436,17 @@ class Engine:
         return [self._replies.block_status(cookie, offset, told)]
 
 
+_WORK: dict[int, Callable[[Engine, Request], list[Buffer]]] = {
+    Command.READ: Engine._do_read,
+    Command.WRITE: Engine._do_write,
+    Command.FLUSH: Engine._do_flush,
+    Command.TRIM: Engine._do_trim,
+    Command.CACHE: Engine._do_cache,
+    Command.WRITE_ZEROES: Engine._do_zero,
+    Command.BLOCK_STATUS: Engine._do_block_status,
+}
+
+
 def _locked(verb: Callable[P, R], lock: threading.Lock | None) -> Callable[P, R]:
     """Return `verb`, so that it is called under `lock`."""
     if lock is None:
@@ -437,23 +468,51 @@ def _normalised(
 
 def _cost(request: Request) -> int:
     # What no data goes with counts for itself only: a TRIM of a terabyte is no larger than one of a block.
-    return _REQUEST_COST + (request.length if request.command in (Command.READ, Command.WRITE) else 0)
+    if request.command in (Command.READ, Command.WRITE):
+        return _REQUEST_COST + request.length
+    return _REQUEST_COST + (min(request.length, _MOST_STATUS) if request.command == Command.BLOCK_STATUS else 0)
 
 
 def checked_data(data: object, length: int) -> Buffer:
     """Return `data`, which a backend read, as what can be sent.
 
     Raises:
-        TypeError: it is no buffer.
+        TypeError: it is no buffer, or its bytes do not lie one after the other.
         ValueError: it does not have `length` bytes.
     """
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"pread must return bytes, a bytearray or a memoryview, not {type(data).__name__}")
-    if isinstance(data, memoryview) and (data.itemsize != 1 or data.ndim != 1):
-        data = data.cast("B")
-    if len(data) != length:
-        raise ValueError(f"pread must return {length} bytes, not {len(data)}")
-    return data
+    # Not len(), which a class of the plugin's own may define as it likes.
+    view = memoryview(data)
+    if view.nbytes != length:
+        raise ValueError(f"pread must return {length} bytes, not {view.nbytes}")
+    return data if type(data) is bytes else view.cast("B")
+
+
+def checked_range(found: object) -> FileRange:
+    """Return `found`, where a backend says that data lies, so that nothing can be wrong with it but the file.
+
+    Raises:
+        TypeError: it is no pair of integers.
+        ValueError: they cannot be a file descriptor and a position.
+    """
+    if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(number, int) for number in found):
+        raise TypeError(f"file_range must return a FileRange or None, not {found!r}")
+    where = FileRange(*found)
+    if not (0 <= where.fd <= _MAX_FD and 0 <= where.position <= _MAX_POSITION):
+        raise ValueError(f"file_range must return a file descriptor and a position, not {found!r}")
+    return where
+
+
+def _error_number(error: BaseException) -> int | None:
+    # A backend may have put anything in its place, or nothing.
+    number = getattr(error, "errno", None) if isinstance(error, OSError) else errno.EIO
+    return number if isinstance(number, int) else None
+
+
+def reason(error: OSError) -> str:
+    """Return what the client is told of an error: the text beside its number, or "" if there is none."""
+    return error.strerror if isinstance(error.strerror, str) else ""
 
 
 def describe(error: BaseException) -> str:

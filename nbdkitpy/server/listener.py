@@ -7,7 +7,6 @@ import errno
 import os
 import socket
 import stat
-import tempfile
 
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.server.options import AddressFamily, ServerOptions, Transport
@@ -17,6 +16,7 @@ __all__ = ["Listener", "listen"]
 _LOOPBACK = ("127.0.0.1", "::1")
 _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104  # only when asked for by "-i any"
 _MAX_UNIX_PATH = 107  # bytes that struct sockaddr_un has room for
+_MAX_PORT = 65535  # of a larger number getaddrinfo takes the lower bits
 _UMASK = 0o022  # the mode of a socket is that of nbdkit's, whatever the caller's umask
 
 _FAMILIES = {
@@ -56,10 +56,11 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening, and remove what was made for it, unless somebody has put something else in its place."""
-        self.socket.close()
+        # While the socket is open, nothing else can have its number.
         if self.unix_path is not None and self._identity == _identity(self.unix_path):
             with contextlib.suppress(OSError):
                 os.unlink(self.unix_path)
+        self.socket.close()
         if self._directory is not None:
             with contextlib.suppress(OSError):
                 os.rmdir(self._directory)
@@ -89,16 +90,19 @@ def listen(options: ServerOptions) -> list[Listener]:
 def _listen_unix(path: str | None) -> Listener:
     directory = None
     if path is None:
-        directory = tempfile.mkdtemp(prefix="nbdkitpy", dir="/tmp")  # private, and a short path
+        directory = _make_private_directory()
         path = f"{directory}/socket"
-    if len(os.fsencode(path)) > _MAX_UNIX_PATH:
-        raise ConfigError(f'unix: the path must have at most {_MAX_UNIX_PATH} bytes, not {len(path)} as "{path}"')
+    length = len(os.fsencode(path))
+    if length > _MAX_UNIX_PATH:
+        raise ConfigError(f'unix: the path must have at most {_MAX_UNIX_PATH} bytes, not {length} as "{path}"')
+    if not path or "\0" in path:  # the system would take it for a name that is not in the file system
+        raise ConfigError(f"unix: the path must be that of a file, not {path!r}")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     umask = os.umask(_UMASK)
     try:
         sock.bind(path)
         sock.listen()
-    except (OSError, ValueError) as error:
+    except OSError as error:
         sock.close()
         if directory is not None:
             os.rmdir(directory)
@@ -106,6 +110,16 @@ def _listen_unix(path: str | None) -> Listener:
     finally:
         os.umask(umask)
     return Listener(sock, unix_path=path, directory=directory)
+
+
+def _make_private_directory() -> str:
+    # Not by tempfile, which costs some milliseconds of each start. The path has to be short.
+    path = f"/tmp/nbdkitpy{os.urandom(8).hex()}"  # noqa: S108  # nobody else can foresee it, or make it first
+    try:
+        os.mkdir(path, 0o700)
+    except OSError as error:
+        raise ConfigError(f"cannot make a directory for the socket, {path}: {error.strerror}") from error
+    return path
 
 
 def _listen_vsock(port: str) -> Listener:
@@ -130,18 +144,20 @@ def _listen_vsock(port: str) -> Listener:
 
 
 def _listen_tcp(options: ServerOptions) -> list[Listener]:
-    for attempt in range(_ATTEMPTS):
-        addresses = _tcp_addresses(options)
-        try:
-            return _bind_all(addresses, any_port=addresses[0][1][1] == 0)
-        except ConfigError:
-            if addresses[0][1][1] != 0 or attempt == _ATTEMPTS - 1:
-                raise
-    raise AssertionError("not reached")
+    addresses = _tcp_addresses(options)
+    any_port = addresses[0][1][1] == 0
+    for _ in range(_ATTEMPTS - 1 if any_port else 0):
+        with contextlib.suppress(ConfigError):  # the port that one address gave us is taken on another
+            return _bind_all(addresses, any_port=True)
+    return _bind_all(addresses, any_port=any_port)
 
 
 def _tcp_addresses(options: ServerOptions) -> list[tuple[int, tuple[str, int]]]:
     """Return families and socket addresses to listen on."""
+    if options.port.isascii() and options.port.isdigit() and (len(options.port) > 5 or int(options.port) > _MAX_PORT):
+        raise ConfigError(
+            f'port must be a number from 0 to {_MAX_PORT}, or the name of a service, not "{options.port}"'
+        )
     names = _EVERYWHERE if options.address == "any" else (options.address,) if options.address else _LOOPBACK
     families = _FAMILIES[options.address_family]
     found: list[tuple[int, tuple[str, int]]] = []

@@ -32,6 +32,11 @@ class Budget:
             self._used -= cost
             self._changed.notify_all()
 
+    @property
+    def unused(self) -> bool:
+        """Whether everything has been given back."""
+        return not self._used
+
     def wait_until_unused(self) -> None:
         """Wait until everything has been given back."""
         with self._changed:
@@ -53,7 +58,7 @@ class Sender:
         self.broken = False
 
     def send(self, pieces: Sequence[Buffer]) -> None:
-        """Send whole messages, after those that are queued. Waits for the client to take them."""
+        """Send whole messages, and then those that are queued. Waits for the client to take them."""
         with self._lock:
             self._send(pieces)
         self._send_queued()

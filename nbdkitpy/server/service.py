@@ -10,6 +10,7 @@ import select
 import socket
 import threading
 import time
+import weakref
 
 from nbdkitpy.server.listener import Listener, listen
 from nbdkitpy.server.options import ServerOptions
@@ -22,6 +23,9 @@ __all__ = ["Server"]
 #: Out of descriptors or memory: seconds without accepting, and seconds between two lines about it in the log.
 _BREATHER = 0.1
 _COMPLAINT_INTERVAL = 1.0
+
+#: Seconds that the main loop waits at most; poll takes some weeks, a deadline may be years away.
+_LONGEST_WAIT = 3600.0
 
 #: Errors of accept that are the client's and of no consequence.
 _CLIENT_GONE = frozenset({errno.ECONNABORTED, errno.EAGAIN, errno.EINTR, errno.EPROTO, errno.EPERM})
@@ -48,6 +52,8 @@ class Server:
         self._stopping = False
         self._aborting = False
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        for fd in (self._wake_read, self._wake_write):
+            weakref.finalize(self, os.close, fd)  # not in close(), after which a signal may still come
 
     # --- before and after ---
 
@@ -195,7 +201,9 @@ class Server:
         with self._lock:
             deadline = next(iter(self._handshakes.values()), float("inf"))
         # A little late rather than a little early, which would mean to come back at once.
-        return None if deadline == float("inf") else max(0.0, (deadline - time.monotonic()) * 1000 + 1)
+        if deadline == float("inf"):
+            return None
+        return max(0.0, min(deadline - time.monotonic(), _LONGEST_WAIT) * 1000 + 1)
 
     def _end_late_handshakes(self) -> None:
         now = time.monotonic()
@@ -203,13 +211,20 @@ class Server:
             late = [session for session, deadline in self._handshakes.items() if deadline <= now]
             for session in late:
                 del self._handshakes[session]
+            # Who waits for a backend, or for its turn with one, is not late: the time begins anew.
+            waiting = [session for session in late if session.waits_for_backend]
+            self._handshakes.update(dict.fromkeys(waiting, now + self.options.handshake_timeout))
         for session in late:
+            if session in waiting:
+                continue
             self._log.error("%s: handshake not finished in time, closed", session.name)
             session.abort()
 
     def _take_a_breather(self) -> None:
         """Leave clients in the queue for a moment, as there is no room; but wake up for a shutdown."""
-        select.select([self._wake_read], [], [], _BREATHER)
+        poll = select.poll()  # select.select cannot take a descriptor of 1024 or more
+        poll.register(self._wake_read, select.POLLIN)
+        poll.poll(_BREATHER * 1000)
 
     def _drain_wakeups(self) -> None:
         with contextlib.suppress(BlockingIOError):

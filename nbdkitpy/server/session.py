@@ -22,7 +22,7 @@ from nbdkitpy.protocol.handshake import (
 from nbdkitpy.protocol.messages import BlockSizeInfo, oldstyle_greeting
 from nbdkitpy.protocol.replies import ExtendedReplies, Replies, SimpleReplies, StructuredReplies
 from nbdkitpy.protocol.transmission import MAX_PAYLOAD, Transmission
-from nbdkitpy.server.engine import Engine, describe
+from nbdkitpy.server.engine import Engine, describe, reason
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.transport import Transport, describe_client
 from nbdkitpy.stack import Capabilities, Stack
@@ -64,6 +64,8 @@ class Session:
         self._export: Opened | None = None  # what the client has open
         self._engine: Engine | None = None
         self._stopping = False
+        #: A backend is being waited for, not the client.
+        self.waits_for_backend = False
 
     # --- from any thread ---
 
@@ -102,7 +104,10 @@ class Session:
             return
         if self._options.oldstyle:
             negotiated, received = _NO_OPTIONS, b""
-            facts = self._open(OpenExport("", Option.EXPORT_NAME, wants_description=False), negotiated)
+            facts = self._opened(OpenExport("", Option.EXPORT_NAME, wants_description=False), negotiated)
+            if isinstance(facts, str):
+                self._log.error("%s: %s: the export was not opened: %s", self.name, self._client, facts)
+                return
             self._transport.send([oldstyle_greeting(facts.size, facts.flags)])
         else:
             handshake = Handshake(
@@ -138,6 +143,9 @@ class Session:
                 self._answer_open(handshake, event)
             elif isinstance(event, ListExports):
                 self._answer_list(handshake)
+            for refusal in handshake.refusals:
+                self._log.error("%s: %s", self.name, refusal)
+            handshake.refusals.clear()
             output = handshake.data_to_send()
             if output:  # after each event, as a list of exports may be long
                 self._transport.send([output])
@@ -152,20 +160,28 @@ class Session:
             handshake.receive_data(buffer[:count])
 
     def _answer_open(self, handshake: Handshake, event: OpenExport) -> None:
+        facts = self._opened(event, handshake.negotiated)
+        if isinstance(facts, str):
+            handshake.export_refused(OptionReply.ERR_UNKNOWN, facts)
+            return
+        if event.option is Option.INFO:
+            self._close_export()
+        handshake.export_opened(facts)
+
+    def _opened(self, event: OpenExport, negotiated: Negotiated) -> ExportFacts | str:
+        """Open what the client asks for; if that fails, return what the client is told of it."""
+        self.waits_for_backend = True
         try:
-            facts = self._open(event, handshake.negotiated)
+            return self._open(event, negotiated)
         except BaseException as error:
             self._close_export()
             expected = isinstance(error, OSError)
             if not expected or event.option is not Option.EXPORT_NAME:  # that ends the connection, which is logged
                 failed, trace = printable(event.name), None if expected else error
                 self._log.error('%s: cannot open export "%s": %s', self.name, failed, describe(error), exc_info=trace)
-            reason = (error.strerror if isinstance(error, OSError) else None) or "the export cannot be opened"
-            handshake.export_refused(OptionReply.ERR_UNKNOWN, reason)
-            return
-        if event.option is Option.INFO:
-            self._close_export()
-        handshake.export_opened(facts)
+            return (reason(error) if isinstance(error, OSError) else "") or "the export cannot be opened"
+        finally:
+            self.waits_for_backend = False
 
     def _open(self, event: OpenExport, negotiated: Negotiated) -> ExportFacts:
         """Open what the client asks for, and return what it is told of that."""
@@ -181,7 +197,7 @@ class Session:
             flags=transmission_flags(capabilities, negotiated),
             name=name or None,
             description=description,
-            block_size=BlockSizeInfo(*capabilities.block_size) if capabilities.block_size else BlockSizeInfo(),
+            block_size=_block_size(capabilities),
         )
 
     def _answer_list(self, handshake: Handshake) -> None:
@@ -225,13 +241,19 @@ class Session:
             self._log.error("%s: closing the export: %s", self.name, describe(error), exc_info=error)
 
 
+def _block_size(capabilities: Capabilities) -> BlockSizeInfo:
+    """What is told to the client is what is enforced."""
+    sizes = capabilities.block_size or BlockSizeInfo()
+    return BlockSizeInfo(sizes.minimum, sizes.preferred, min(sizes.maximum, MAX_PAYLOAD))
+
+
 def _transmission(capabilities: Capabilities, negotiated: Negotiated) -> Transmission:
-    sizes = capabilities.block_size
+    sizes = _block_size(capabilities)
     return Transmission(
         capabilities.size,
         transmission_flags(capabilities, negotiated),
-        minimum=sizes.minimum if sizes else 1,
-        maximum=sizes.maximum if sizes else MAX_PAYLOAD,
+        minimum=sizes.minimum,
+        maximum=sizes.maximum,
         structured=negotiated.structured_replies,
         extended=negotiated.extended_headers,
         contexts=BASE_ALLOCATION in negotiated.contexts,

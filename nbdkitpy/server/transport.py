@@ -7,6 +7,7 @@ import errno
 import os
 import socket
 import struct
+import threading
 from collections.abc import Sequence
 
 from nbdkitpy.backend import Buffer, Client, Family
@@ -18,8 +19,12 @@ _MOST_PIECES = 1024
 
 #: What sendfile says of its socket; any other error is of the file.
 _CONNECTION_ERRORS = frozenset(
-    {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT, errno.EBADF}
+    {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT}
 )
+
+#: So many bytes that came after the client's last request are dropped at the end; with more it is not in earnest.
+_MOST_UNREAD = 16 << 20
+_UNREAD_PIECE = 64 << 10
 
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _SO_PEERSEC = 31  # Python does not name it
@@ -36,6 +41,7 @@ class Transport:
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
+        self._ending = threading.Lock()  # so that no other thread ends what has got our descriptor's number next
         sock.setblocking(True)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -86,18 +92,29 @@ class Transport:
 
     def stop_receiving(self) -> None:
         """Have the receiving thread find the end of the stream, after what has already arrived."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RD)
+        self._shutdown(socket.SHUT_RD)
 
     def abort(self) -> None:
         """Break the connection: whoever waits to send or to receive finds out at once."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        self._shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """End the connection and free the descriptor. No thread may be using it any more."""
+        """End the connection and free the descriptor. Only :meth:`abort` and the like may be called after this."""
         self.abort()
-        self._socket.close()
+        self._drop_unread()
+        with self._ending:
+            self._socket.close()
+
+    def _shutdown(self, how: int) -> None:
+        with self._ending, contextlib.suppress(OSError):
+            self._socket.shutdown(how)
+
+    def _drop_unread(self) -> None:
+        """Read what the client has sent that nobody wants: TCP takes replies back if that is there at the end."""
+        with contextlib.suppress(OSError):
+            for _ in range(_MOST_UNREAD // _UNREAD_PIECE):
+                if not self._socket.recv(_UNREAD_PIECE, socket.MSG_DONTWAIT):
+                    return
 
 
 def describe_client(sock: socket.socket, number: int) -> Client:

@@ -65,21 +65,25 @@ class Workers(Generic[J]):
         thread = threading.Thread(target=self._run, name=f"{self._name}.{len(self._threads)}", daemon=True)
         try:
             thread.start()
-        except RuntimeError:
+        except RuntimeError:  # the system has no more of them
             if not self._threads:
-                raise
+                self._work_on_next()
         else:
             self._threads.append(thread)
 
     def _run(self) -> None:
-        while True:
-            job = self._jobs.get()
-            if job is None:
-                return
-            self._work(job)
-            del job  # it may hold a large payload, and the next job may be long in coming
-            with self._lock:
-                self._busy -= 1
+        while self._work_on_next():
+            pass
+
+    def _work_on_next(self) -> bool:
+        """Wait for a job and do it; False if there is to be no more."""
+        job = self._jobs.get()
+        if job is None:
+            return False
+        self._work(job)  # the job may hold a large payload, so it is not kept until there is another one
+        with self._lock:
+            self._busy -= 1
+        return True
 
     def stop(self) -> None:
         """End all threads when the jobs put in so far are done, and wait for that. :meth:`put` begins new ones."""

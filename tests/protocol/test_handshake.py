@@ -1220,3 +1220,34 @@ def test_export_is_opened_once() -> None:
 
     with pytest.raises(AssertionError):
         client.handshake.export_opened(FACTS)
+
+
+# What is to be logged.
+
+
+@pytest.mark.parametrize("number", [Option.GO, Option.INFO, Option.LIST_META_CONTEXT, Option.STRUCTURED_REPLY])
+def test_malformed_option_is_told_to_the_driver(number: Option) -> None:
+    client = Client()
+
+    client.refused(number, OptionReply.ERR_INVALID, b"\x1b[1m")
+
+    (text,) = client.handshake.refusals
+    assert number.name in text
+    assert text.isprintable()
+
+
+@pytest.mark.parametrize("number", [0, 4, Option.STARTTLS, 0xFFFFFFFF])
+def test_option_that_is_not_supported_is_nobodys_fault(number: int) -> None:
+    client = Client()
+
+    client.refused(number, OptionReply.ERR_UNSUP)
+
+    assert client.handshake.refusals == []
+
+
+def test_unknown_option_of_a_client_that_may_send_none_is_told_by_its_number() -> None:
+    client = Client(client_flags=0)
+
+    client.refused(77, OptionReply.ERR_INVALID)
+
+    assert client.handshake.refusals[0].startswith("option 77: ")

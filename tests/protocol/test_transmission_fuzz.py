@@ -13,7 +13,7 @@ from nbdkitpy.protocol.constants import NbdError, TransmissionFlag
 from nbdkitpy.protocol.replies import ExtendedReplies, StructuredReplies
 from nbdkitpy.protocol.transmission import Request, Transmission
 
-FUZZ = settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+FUZZ = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
 FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = (1 << bit for bit in range(6))
@@ -68,7 +68,7 @@ class Said:
 
     def payload_length(self, extended: bool) -> int:
         if extended:
-            return self.header_length(True) if self.flags & PAYLOAD_LEN else 0
+            return self.header_length(True) if self.flags & PAYLOAD_LEN or self.command == WRITE else 0
         return self.length & 0xFFFFFFFF if self.command == WRITE else 0
 
     def payload(self, cookie: int, extended: bool) -> bytes:
@@ -118,14 +118,13 @@ def judge(said: Said, cookie: int, export: Export) -> tuple[int, int]:
     writes = command in (WRITE, TRIM, WRITE_ZEROES)
     if writes and TransmissionFlag.READ_ONLY in offered:
         return NbdError.EPERM, length
-    if export.extended and has_payload != (command == WRITE):
+    if export.extended and command != WRITE and has_payload:
         if not (command == BLOCK_STATUS and TransmissionFlag.BLOCK_STATUS_PAYLOAD in offered):
             return NbdError.EINVAL, length
         payload = said.payload(cookie, True)
-        if has_payload and (len(payload) != 12 or payload[8:] != b"\0\0\0\1"):
+        if len(payload) != 12 or payload[8:] != b"\0\0\0\1":
             return NbdError.EINVAL, length
-        if has_payload:
-            length = int.from_bytes(payload[:8], "big")
+        length = int.from_bytes(payload[:8], "big")
     outside = length == 0 or said.offset + length > export.size
     if command == FLUSH:
         outside = bool(said.offset or length)

@@ -1,0 +1,67 @@
+"""Fixtures that serve plugins within the process of the tests. Whatever they start has ended when the test has."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from nbdkitpy import Filter, Plugin
+from nbdkitpy.server.options import ServerOptions
+from tests.serving import Disks, Running, Solo, join_others, unix_options
+
+
+class StartServer(Protocol):
+    """Serve a plugin behind filters on a Unix socket; `options` are fields of ServerOptions."""
+
+    def __call__(self, plugin: Plugin | None = None, *filters: Filter, begin: bool = True, **options: Any) -> Running:
+        """Return the server; it serves :class:`Disks` if no plugin is given."""
+
+
+class StartSession(Protocol):
+    """Serve a plugin behind filters to one client, by a session alone; `options` are fields of ServerOptions."""
+
+    def __call__(self, plugin: Plugin | None = None, *filters: Filter, begin: bool = True, **options: Any) -> Solo:
+        """Return the session; it serves :class:`Disks` if no plugin is given."""
+
+
+@pytest.fixture
+def _no_thread_is_left() -> Iterator[None]:
+    before = threading.enumerate()
+    yield
+    join_others(before)
+
+
+@pytest.fixture
+def start_server(tmp_path: Path, _no_thread_is_left: None) -> Iterator[StartServer]:
+    """Start servers; at the end they are stopped, and no thread and no session is left."""
+    servers: list[Running] = []
+    ends = contextlib.ExitStack()
+
+    def start(plugin: Plugin | None = None, *filters: Filter, begin: bool = True, **options: Any) -> Running:
+        running = Running(plugin or Disks(), filters, unix_options(f"{tmp_path}/{len(servers)}", **options))
+        servers.append(running)
+        ends.callback(running.finish)
+        return running.begin() if begin else running
+
+    with ends:
+        yield start
+    assert not [session.name for server in servers for session in server.sessions()]
+
+
+@pytest.fixture
+def start_session(_no_thread_is_left: None) -> Iterator[StartSession]:
+    """Start sessions on pairs of sockets; at the end they have ended."""
+    ends = contextlib.ExitStack()
+
+    def start(plugin: Plugin | None = None, *filters: Filter, begin: bool = True, **options: Any) -> Solo:
+        solo = Solo(plugin or Disks(), filters, ServerOptions(**options))
+        ends.callback(solo.finish)
+        return solo.begin() if begin else solo
+
+    with ends:
+        yield start

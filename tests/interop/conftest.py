@@ -1,0 +1,58 @@
+"""Fixtures of the interop tests: real servers, and real clients by their names."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.interop.harness import DEBIANS_PYTHON, Servers, Tool, missing
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Servers]:
+    """Starts servers; at the end of the test they end in order, without a word."""
+    servers = Servers(tmp_path)
+    yield servers
+    servers.finish()
+
+
+@pytest.fixture
+def nbdinfo() -> Tool:
+    return Tool("nbdinfo", "libnbd-bin")
+
+
+@pytest.fixture
+def nbdcopy() -> Tool:
+    return Tool("nbdcopy", "libnbd-bin")
+
+
+@pytest.fixture
+def qemu_img() -> Tool:
+    return Tool("qemu-img", "qemu-utils")
+
+
+@pytest.fixture
+def qemu_io() -> Tool:
+    return Tool("qemu-io", "qemu-utils")
+
+
+@pytest.fixture
+def nbd_client() -> Tool:
+    return Tool("nbd-client", "nbd-client")
+
+
+@pytest.fixture
+def fio() -> Tool:
+    return Tool("fio", "fio")
+
+
+@pytest.fixture(scope="session")
+def libnbd() -> None:
+    """Needs libnbd's Python binding."""
+    try:
+        subprocess.run([DEBIANS_PYTHON, "-c", "import nbd"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        missing(f"{DEBIANS_PYTHON} has no module nbd (Debian's package python3-libnbd)")

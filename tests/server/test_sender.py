@@ -1,0 +1,225 @@
+"""The sender: whole messages, nobody waits who need not, and a client that is gone holds nothing up."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from nbdkitpy.backend import Buffer, FileRange
+from nbdkitpy.server.sender import Budget, Sender
+from nbdkitpy.server.transport import Transport
+from tests.nbdclient import PATIENCE, NbdClient
+
+
+class Recorder(Transport):
+    """Notes each gather write. A closed gate holds it up; a failure breaks it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self.sent: list[bytes] = []
+        self.entered = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.failure: OSError | None = None
+        self.aborted = False
+
+    def send(self, pieces: Sequence[Buffer], *, more: bool = False) -> None:
+        self.entered.set()
+        assert self.gate.wait(PATIENCE)
+        if self.failure:
+            raise self.failure
+        self.sent.append(b"".join(pieces))
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    ours, theirs = socket.socketpair()
+    recorder = Recorder(ours)
+    yield recorder
+    recorder.close()
+    theirs.close()
+
+
+def spent(budget: Budget, *costs: int) -> Budget:
+    for cost in costs:
+        budget.take(cost)
+    return budget
+
+
+def in_thread(function: object, *args: object) -> threading.Thread:
+    thread = threading.Thread(target=function, args=args)  # type: ignore[arg-type]
+    thread.start()
+    return thread
+
+
+# --- budget ---
+
+
+def test_a_cost_that_does_not_fit_waits_until_enough_is_given_back() -> None:
+    budget = spent(Budget(100), 40, 40)
+    order: list[str] = []
+
+    def take() -> None:
+        budget.take(50)
+        order.append("taken")
+
+    thread = in_thread(take)
+    budget.give(20)
+    order.append("enough")
+    budget.give(20)
+    thread.join(PATIENCE)
+
+    assert order == ["enough", "taken"]
+    assert not budget.unused
+
+
+def test_a_cost_above_the_limit_fits_when_there_is_nothing_else() -> None:
+    budget = spent(Budget(100), 1000)
+    budget.give(1000)
+
+    assert budget.unused
+
+
+def test_waiting_until_unused_ends_when_all_is_given_back() -> None:
+    budget = spent(Budget(100), 30, 30)
+    order: list[str] = []
+
+    def wait() -> None:
+        budget.wait_until_unused()
+        order.append("unused")
+
+    thread = in_thread(wait)
+    budget.give(30)
+    order.append("last")
+    budget.give(30)
+    thread.join(PATIENCE)
+
+    assert order == ["last", "unused"]
+
+
+# --- messages ---
+
+
+def test_a_worker_does_not_wait_for_a_client_that_another_one_waits_for(recorder: Recorder) -> None:
+    budget = spent(Budget(100), 3)
+    sender = Sender(recorder, budget)
+    recorder.gate.clear()
+    slow = in_thread(sender.send, [b"first"])
+    assert recorder.entered.wait(PATIENCE)
+
+    for message in (b"second", b"third", b"fourth"):
+        sender.post([message[:3], message[3:]], 1)  # would wait here
+    assert not budget.unused
+    recorder.gate.set()
+    slow.join(PATIENCE)
+
+    assert recorder.sent == [b"first", b"secondthirdfourth"]
+    assert budget.unused
+
+
+def test_messages_of_many_threads_stay_whole() -> None:
+    ours, theirs = socket.socketpair()
+    transport, client = Transport(ours), NbdClient(theirs)
+    budget = spent(Budget(1 << 20), 400)
+    sender = Sender(transport, budget)
+    start = threading.Barrier(4)
+
+    def post(letter: bytes) -> None:
+        start.wait(PATIENCE)
+        for _ in range(100):
+            sender.post([letter * 1000, letter * 24], 1)
+
+    threads = [in_thread(post, letter) for letter in (b"a", b"b", b"c", b"d")]
+    messages = [client.receive_bytes(1024) for _ in range(400)]
+
+    assert all(len(set(message)) == 1 for message in messages)
+    assert sorted(message[:1] for message in messages) == [bytes([c]) for c in b"abcd" for _ in range(100)]
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert budget.unused
+    transport.close()
+    theirs.close()
+
+
+def test_after_a_failure_everything_is_dropped_and_the_receiver_finds_out(recorder: Recorder) -> None:
+    budget = spent(Budget(100), 10)
+    sender = Sender(recorder, budget)
+    recorder.failure = BrokenPipeError(errno.EPIPE, "gone")
+
+    sender.post([b"lost"], 5)
+    recorder.failure = None
+    sender.post([b"lost as well"], 5)
+    sender.send([b"and this"])
+    sent_file = sender.send_file([b"and a file"], FileRange(-1, 0), 10, None)
+
+    assert (sender.broken, recorder.aborted, recorder.sent, sent_file) == (True, True, [], True)
+    assert budget.unused
+
+
+# --- files ---
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[FileRange]:
+    path = tmp_path / "disk"
+    path.write_bytes(b"0123456789")
+    with path.open("rb") as disk:
+        yield FileRange(disk.fileno(), 2)
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Sender, NbdClient]]:
+    ours, theirs = socket.socketpair()
+    transport = Transport(ours)
+    yield Sender(transport, Budget(100)), NbdClient(theirs)
+    transport.close()
+    theirs.close()
+
+
+def test_a_file_follows_its_header_and_what_was_queued_meanwhile_follows_that(
+    pair: tuple[Sender, NbdClient], file: FileRange
+) -> None:
+    sender, client = pair
+    sender._budget.take(1)
+    sender._queue.append(([b"queued"], 1))
+
+    assert sender.send_file([b"a", b"b"], file, 5, None)
+
+    assert client.receive_bytes(13) == b"ab23456queued"
+    assert sender._budget.unused
+
+
+def test_a_file_that_is_too_short_is_made_up_for(pair: tuple[Sender, NbdClient], file: FileRange) -> None:
+    sender, client = pair
+
+    whole = sender.send_file([b"header"], file, 11, lambda missing: [b"-" * missing, b"error"])
+
+    assert not whole
+    assert client.receive_bytes(22) == b"header23456789---error"
+    assert not sender.broken
+
+
+def test_without_that_the_connection_breaks(pair: tuple[Sender, NbdClient], file: FileRange) -> None:
+    sender, client = pair
+
+    assert not sender.send_file([b"header"], file, 11, None)
+
+    assert client.receive_bytes(14) == b"header23456789"
+    assert client.at_end()
+    assert sender.broken
+
+
+def test_a_file_for_who_has_left_is_dropped(pair: tuple[Sender, NbdClient], file: FileRange) -> None:
+    sender, client = pair
+    client.socket.close()
+
+    assert sender.send_file([b"header"], file, 5, None)
+    assert sender.broken
