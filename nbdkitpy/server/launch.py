@@ -1,7 +1,8 @@
 """From a stack that has its parameters to the end of the process: the order of a server's life.
 
-config_complete, get_ready, bind, pidfile, after_fork, announcement, service, cleanup, unload. What was begun is undone
-in reverse, whichever step fails. A user sees a failure of any step on the terminal and in the exit status.
+config_complete, get_ready, bind, change of user, background, pidfile, after_fork, announcement, service, cleanup,
+unload. What was begun is undone in reverse, whichever step fails. A user sees a failure of any step on the terminal and
+in the exit status.
 """
 
 from __future__ import annotations
@@ -11,27 +12,29 @@ import logging
 import os
 import shlex
 import signal
-import stat
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from nbdkitpy import log
 from nbdkitpy.backend import ServerControl
 from nbdkitpy.exceptions import ConfigError
+from nbdkitpy.server import linux, privileges
+from nbdkitpy.server.linux import exit_with_parent
+from nbdkitpy.server.pidfile import Pidfile
 from nbdkitpy.stack import Stack
 
 if TYPE_CHECKING:
+    from nbdkitpy.server.background import Background
     from nbdkitpy.server.captive import Captive
+    from nbdkitpy.server.notify import Notifier
 
-__all__ = ["Pidfile", "Servable", "exit_with_parent", "launch", "report"]
+__all__ = ["Servable", "exit_with_parent", "launch", "report"]
 
 _logger = logging.getLogger("nbdkitpy")
 
-#: Each of them ends the server in an orderly way.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
-
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+#: Each of them ends the server in an orderly way; the second one ends it at once.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 
 T = TypeVar("T")
 
@@ -41,7 +44,7 @@ class Servable(ServerControl, Protocol):
 
     @property
     def uri(self) -> str:
-        """Where clients find it; known once it is bound, as are the next three."""
+        """Where clients find it, "" if they cannot look for it; known once it is bound, as are the next three."""
 
     @property
     def listening(self) -> Sequence[str]:
@@ -55,11 +58,21 @@ class Servable(ServerControl, Protocol):
     def unix_path(self) -> str | None:
         """Path of the Unix socket."""
 
+    @property
+    def wakeup_fd(self) -> int:
+        """What :meth:`serve` looks up at when something is written to it. It does not block."""
+
+    #: The service manager's, if there is one. While it serves, the server says how it is, and when the end begins.
+    notifier: Notifier | None
+
     def bind(self) -> None:
         """Open the listeners."""
 
     def abort(self) -> None:
         """End at once."""
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Have :meth:`serve` call `function` between two clients; for signal handlers too."""
 
     def serve(self, stack: Stack) -> bool:
         """Serve clients until the shutdown; return whether every connection has ended, or a backend holds one up."""
@@ -72,6 +85,10 @@ class _Reported(Exception):  # noqa: N818  # no error of its own
     """A step has failed, and the user has been told."""
 
 
+class _GivenUp(BaseException):
+    """A second signal came while a unit did not return. Not an Exception, as units catch those."""
+
+
 def launch(
     server: Servable,
     stack: Stack,
@@ -81,6 +98,13 @@ def launch(
     export_name: str = "",
     announce: bool = False,
     print_uri: bool = False,
+    background: bool = False,
+    user: str | None = None,
+    group: str | None = None,
+    swap: bool = False,
+    selinux_label: str | None = None,
+    notifier: Notifier | None = None,
+    reload: Callable[[], Sequence[str]] | None = None,
 ) -> int:
     """Serve `stack`, loaded and configured, until the server is told to end, and return the exit status.
 
@@ -92,59 +116,191 @@ def launch(
         export_name: What the command is told to ask for.
         announce: Say on standard error what we listen on.
         print_uri: Print the URI on standard output.
+        background: Serve in another process. This one exits, when clients can connect to that one or it has failed.
+        user: Name or number of whom to become when the sockets are open.
+        group: Likewise; None is that of `user`.
+        swap: Keep the memory of the server from being swapped out.
+        selinux_label: Of the sockets that listen.
+        notifier: Tells the service manager how we are.
+        reload: Called for SIGHUP, between two clients; returns what it did, for people. None opens the log anew, and
+            ends the server if it was the terminal's end that we were told of.
     """
     captive = None if command is None else _captive(command)
+    # The system sends SIGHUP also when a terminal is closed, and what was started there ends with it.
+    terminals = [] if background or reload else [fd for fd in (0, 1, 2) if os.isatty(fd)]
+    life = _Life(server, stack, captive, notifier)
     try:
         with contextlib.ExitStack() as undo:
-            life = _Life(server, stack, captive, undo)
-            life.make_ready()
+            life.begin(undo, background)
+            identity = _call("", privileges.find_identity, user, group)
+            life.make_ready(_Reload(server, reload or log.reopen, notifier, terminals))
+            life.bind(selinux_label)
+            life.settle(identity, swap)
+            life.go_into_background(lambda: _tell(server, announce, print_uri))
+            if swap:
+                _call("", privileges.lock_memory)  # only now, as a process does not inherit that
             life.open_for_clients(pidfile)
-            _call("", _tell, server, announce, print_uri)
+            if not background:
+                _call("", _tell, server, announce, print_uri)
             return life.serve(export_name)
-    except _Reported:
+    except (_Reported, _GivenUp):
+        life.has_failed()
         return 1
 
 
 class _Life:
     """The steps of a server's life, each of which leaves in `undo` what undoes it."""
 
-    def __init__(self, server: Servable, stack: Stack, captive: Captive | None, undo: contextlib.ExitStack) -> None:
+    def __init__(self, server: Servable, stack: Stack, captive: Captive | None, notifier: Notifier | None) -> None:
         self._server = server
         self._stack = stack
         self._captive = captive
-        self._undo = undo
+        self._notifier = notifier
+        self._undo = contextlib.ExitStack()
+        self._background: Background | None = None
         self._held_up = False  # a backend has not returned: what it has can be neither closed nor cleaned up
+        self._in_unit = False  # a unit is doing something that a second signal cuts short
 
-    def make_ready(self) -> None:
-        self._undo.callback(self._end, "unload", self._stack.unload)
+    def begin(self, undo: contextlib.ExitStack, background: bool) -> None:
+        self._undo = undo
+        undo.callback(self._end, "unload", self._stack.unload)
+        if background:
+            self._background = _call("", _background)
+
+    def make_ready(self, reload: Callable[[], None]) -> None:
         _call("config_complete", self._stack.config_complete)
         _logger.debug("thread model of the whole stack: %s", self._stack.model.name.lower())
         _call("get_ready", self._stack.get_ready)
         # From here on there are files to remove, so a signal must no longer end us where we stand.
-        self._undo.enter_context(_signals(self._server, self._captive))
+        self._undo.enter_context(self._signals(reload))
+
+    def bind(self, selinux_label: str | None) -> None:
+        self._undo.callback(_call, "", self._server.close)
+        _call("", self._bind, selinux_label)
+
+    def _bind(self, selinux_label: str | None) -> None:
+        with privileges.socket_label(selinux_label):
+            self._server.bind()
+
+    def settle(self, identity: privileges.Identity | None, swap: bool) -> None:
+        """Give up what is not needed any more once the sockets are open."""
+        if swap:
+            privileges.allow_locking()
+        if identity is not None:
+            _call("", _become, identity)
+
+    def go_into_background(self, tell: Callable[[], None]) -> None:
+        if self._background is not None:
+            _call("", self._background.enter, tell, self._server.close)
 
     def open_for_clients(self, pidfile: str | None) -> None:
-        self._undo.callback(_call, "", self._server.close)
-        _call("", self._server.bind)
         if pidfile is not None:
             file = Pidfile(pidfile)
             self._undo.callback(file.remove)
             _call("", file.write)
         self._undo.callback(self._end, "cleanup", self._stack.cleanup)
-        _call("after_fork", self._stack.after_fork)
+        self._call_unit("after_fork", self._stack.after_fork)
 
     def serve(self, export_name: str) -> int:
         if self._captive is not None:
             self._undo.callback(self._captive.reap)
             variables = _variables(self._server, export_name)
             _call("--run", self._captive.start, variables, self._server.shutdown)
+        if self._background is not None:
+            _call("", self._background.ready)
+        self._server.notifier = self._notifier
+        if self._notifier is not None:
+            self._notifier.ready()
         self._held_up = not _call("", self._server.serve, self._stack)
         status = 0 if self._captive is None else self._captive.wait()
         return status or int(self._held_up)
 
+    def has_failed(self) -> None:
+        if self._background is not None:
+            self._background.failed()
+
     def _end(self, step: str, function: Callable[[], None]) -> None:
         if not self._held_up:
+            self._call_unit(step, function)
+
+    def _call_unit(self, step: str, function: Callable[[], None]) -> None:
+        self._in_unit = True
+        try:
             _call(step, function)
+        finally:
+            self._in_unit = False
+
+    @contextlib.contextmanager
+    def _signals(self, reload: Callable[[], None]) -> Iterator[None]:
+        """Have the first signal end the server in order, the next at once; then put back what they did before."""
+        ways = iter((self._server.shutdown,))
+
+        def stop(number: int, frame: FrameType | None) -> None:
+            next(ways, self._abort)()
+            if self._captive is not None:
+                self._captive.end()
+
+        def hang_up(number: int, frame: FrameType | None) -> None:
+            self._server.call_soon(reload)
+
+        handlers = {**dict.fromkeys(SIGNALS, stop), signal.SIGHUP: hang_up}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        # The system may give a signal to any thread, but handlers run in this one only, when it wakes up.
+        wakeup = signal.set_wakeup_fd(self._server.wakeup_fd, warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _abort(self) -> None:
+        self._server.abort()
+        if self._in_unit:
+            raise _GivenUp
+
+
+class _Reload:
+    """What SIGHUP brings about."""
+
+    def __init__(
+        self, server: Servable, reload: Callable[[], Sequence[str]], notifier: Notifier | None, terminals: list[int]
+    ) -> None:
+        self._server = server
+        self._reload = reload
+        self._notifier = notifier
+        self._terminals = terminals
+
+    def __call__(self) -> None:
+        """Reload, and log what came of it."""
+        if not all(map(os.isatty, self._terminals)):
+            _logger.info("the terminal has been closed")
+            self._server.shutdown()
+            return
+        if self._notifier is not None:
+            self._notifier.reloading()
+        try:
+            lines = self._reload()
+        except Exception as error:  # all is as it was
+            report("reload", error)
+        else:
+            for line in lines or ["nothing to reload"]:
+                _logger.log(log.NOTICE, "reload: %s", line)
+        if self._notifier is not None:
+            self._notifier.ready()
+
+
+def _become(identity: privileges.Identity) -> None:
+    parent, number = os.getppid(), linux.death_signal()
+    privileges.become(identity)
+    if number:  # the system has forgotten it
+        exit_with_parent(parent)
+
+
+def _background() -> Background:
+    from nbdkitpy.server.background import Background  # not needed by those who stay in the foreground
+
+    return Background()
 
 
 def _captive(command: str) -> Captive:
@@ -164,31 +320,14 @@ def _variables(server: Servable, export_name: str) -> dict[str, str]:
 
 
 def _tell(server: Servable, announce: bool, print_uri: bool) -> None:
-    if announce:
-        where = ", ".join(server.listening)
-        _logger.info("listening on %s (%s)", where, server.uri, extra={"terminal": True})
-    if print_uri:
+    # There is no URI for sockets that somebody else has made, and with -s nothing is listened on either.
+    if announce and server.listening:
+        uri = f" ({server.uri})" if server.uri else ""
+        _logger.info("listening on %s%s", ", ".join(server.listening), uri, extra={"terminal": True})
+    if print_uri and server.uri:
         quoted = shlex.quote(server.uri)
         # The URI alone on the first line is what scripts read.
         print(f"{server.uri}\nQuoted for a shell: {quoted}\nTo look at it: nbdinfo {quoted}", flush=True)
-
-
-@contextlib.contextmanager
-def _signals(server: Servable, captive: Captive | None) -> Iterator[None]:
-    """Have the first signal end the server in order, the next at once; then put back what they did before."""
-    ways = iter((server.shutdown,))
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        next(ways, server.abort)()
-        if captive is not None:
-            captive.end()
-
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --- failures ---
@@ -197,7 +336,7 @@ def _signals(server: Servable, captive: Captive | None) -> Iterator[None]:
 def _call(step: str, function: Callable[..., T], *args: object) -> T:
     try:
         return function(*args)
-    except Exception as error:
+    except (Exception, SystemExit, _GivenUp) as error:  # a unit does not decide whether the server ends
         report(step, error)
         raise _Reported from error
 
@@ -209,7 +348,7 @@ def report(step: str, error: BaseException) -> None:
         step: What was being done, for errors that do not say it; "" if all do.
         error: ConfigError and OSError are expected; any other is a unit's defect.
     """
-    expected = isinstance(error, (ConfigError, OSError))
+    expected = isinstance(error, (ConfigError, OSError, _GivenUp))
     prefix = f"{step}: " if step and not isinstance(error, ConfigError) else ""
     _logger.error("%s%s", prefix, _described(error), exc_info=None if expected else error, extra={"terminal": True})
 
@@ -217,6 +356,8 @@ def report(step: str, error: BaseException) -> None:
 def _described(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, _GivenUp):
+        return "given up, as a second signal came"
     try:
         text = str(error)
     except Exception:  # a unit's exception may be anything
@@ -224,78 +365,3 @@ def _described(error: BaseException) -> str:
     if isinstance(error, (ConfigError, OSError)) and text:
         return text
     return f"{type(error).__name__}: {text}".rstrip(": ")
-
-
-# --- the process ---
-
-
-class Pidfile:
-    """A file with the number of this process, there while clients can connect."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._ours: tuple[int, int, int] | None = None
-
-    def write(self) -> None:
-        """Write the file whole or not at all; a regular file of that name is replaced.
-
-        Raises:
-            ConfigError: it cannot be written, or there is something that is no regular file. A symbolic link is not
-                followed: in a directory that others may write to, it would have us overwrite any file.
-        """
-        try:
-            self._check_place()
-            self._write()
-        except OSError as error:
-            raise ConfigError(f"--pidfile: cannot write {self._path}: {error.strerror}") from error
-
-    def remove(self) -> None:
-        """Remove the file if it is the one that we wrote, and if we still may."""
-        with contextlib.suppress(OSError):
-            if self._ours is not None and self._ours == _identity(os.lstat(self._path)):
-                os.unlink(self._path)
-
-    def _check_place(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            mode = os.lstat(self._path).st_mode
-            if not stat.S_ISREG(mode):
-                what = "a symbolic link" if stat.S_ISLNK(mode) else "something else"
-                raise ConfigError(f"--pidfile: {self._path} must be a regular file or not exist; it is {what}")
-
-    def _write(self) -> None:
-        temporary = os.path.join(os.path.dirname(self._path), f".nbdkitpy-{os.urandom(8).hex()}.pid")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            os.write(descriptor, b"%d\n" % os.getpid())
-            self._ours = _identity(os.fstat(descriptor))
-            os.rename(temporary, self._path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        finally:
-            os.close(descriptor)
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_dev, status.st_ino, status.st_mtime_ns  # the time as well, since inode numbers are used again
-
-
-def exit_with_parent(parent: int) -> None:
-    """Have the system end this process by SIGTERM when its parent ends.
-
-    Args:
-        parent: What ``os.getppid()`` was as early as possible, so that a parent that ended meanwhile is noticed.
-
-    Raises:
-        ConfigError: the system cannot do it, or the parent has ended.
-    """
-    if sys.platform != "linux":
-        raise ConfigError(f"--exit-with-parent is for Linux only; this system is {sys.platform}")
-    import ctypes  # some milliseconds that only this option is worth
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    zero = ctypes.c_ulong(0)
-    if libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM), zero, zero, zero):
-        raise ConfigError(f"--exit-with-parent: {os.strerror(ctypes.get_errno())}")
-    if os.getppid() != parent:
-        raise ConfigError("--exit-with-parent: the parent process has ended already")

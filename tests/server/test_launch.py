@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import errno
 import io
 import logging
 import os
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -20,7 +19,10 @@ import pytest
 
 from nbdkitpy import Client, ConfigError, Filter, Handle, Plugin, log
 from nbdkitpy.server import launch as module
-from nbdkitpy.server.launch import Pidfile, exit_with_parent, launch, report
+from nbdkitpy.server import linux, privileges
+from nbdkitpy.server.launch import launch, report
+from nbdkitpy.server.notify import Notifier
+from nbdkitpy.server.privileges import Identity
 from nbdkitpy.stack import Stack
 
 
@@ -28,9 +30,10 @@ class FakeServer:
     """Notes what is asked of it; serves until it is shut down, or as `during` says."""
 
     uri = "nbd+unix://?socket=/run/x y"
-    listening = ("127.0.0.1:10809", "[::1]:10809")
+    listening: tuple[str, ...] = ("127.0.0.1:10809", "[::1]:10809")
     port: int | None = 10809
     unix_path: str | None = None
+    notifier: Notifier | None = None
 
     def __init__(self, events: list[str], during: Callable[[], object] | None = None) -> None:
         self.events = events
@@ -38,6 +41,7 @@ class FakeServer:
         self.stopped = threading.Event()
         self.all_ended = True
         self.fails: dict[str, Exception] = {}
+        self.wakeup_fd = -1
 
     def note(self, event: str) -> None:
         self.events.append(event)
@@ -57,6 +61,9 @@ class FakeServer:
     def close(self) -> None:
         self.note("close")
 
+    def finish(self) -> None:
+        raise AssertionError("nobody asked for it")
+
     def shutdown(self) -> None:
         self.note("shutdown")
         self.stopped.set()
@@ -64,6 +71,10 @@ class FakeServer:
     def abort(self) -> None:
         self.note("abort")
         self.stopped.set()
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        self.note("call_soon")
+        function()
 
 
 def noting(name: str) -> Callable[[Any], None]:
@@ -187,6 +198,25 @@ def test_announcement_says_where_and_the_uri(
     assert messages() == [f"nbdkitpy: listening on 127.0.0.1:10809, [::1]:10809 ({server.uri})"]
 
 
+@pytest.mark.parametrize(
+    ("listening", "lines"), [(("/run/s",), ["nbdkitpy: listening on /run/s"]), ((), [])], ids=["activated", "-s"]
+)
+def test_server_without_a_uri_says_what_it_can(
+    server: FakeServer,
+    stack: Stack,
+    messages: Callable[[], list[str]],
+    capsys: pytest.CaptureFixture[str],
+    listening: tuple[str, ...],
+    lines: list[str],
+) -> None:
+    server.uri, server.listening = "", listening
+
+    launch(server, stack, announce=True, print_uri=True)
+
+    assert messages() == lines
+    assert capsys.readouterr().out == ""
+
+
 def test_uri_is_printed_alone_on_the_first_line_and_then_quoted(
     server: FakeServer, stack: Stack, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,7 +294,7 @@ def test_command_that_cannot_be_started_is_a_failure(
 # --- signals ---
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGQUIT])
 def test_signal_ends_the_server_in_order(server: FakeServer, stack: Stack, number: signal.Signals) -> None:
     server.during = lambda: signal.raise_signal(number)
 
@@ -298,12 +328,13 @@ def test_signal_ends_the_command_too(server: FakeServer, stack: Stack) -> None:
 
 @pytest.mark.parametrize("fails", ["", "bind", "serve"])
 def test_handlers_are_put_back(server: FakeServer, stack: Stack, fails: str) -> None:
-    before = [signal.getsignal(number) for number in module.SIGNALS]
+    numbers = [*module.SIGNALS, signal.SIGHUP]
+    before = [signal.getsignal(number) for number in numbers]
     server.fails[fails] = ConfigError("no")
 
     launch(server, stack)
 
-    assert [signal.getsignal(number) for number in module.SIGNALS] == before
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_interrupt_while_backends_get_ready_unloads_them(server: FakeServer, stack: Stack) -> None:
@@ -317,6 +348,330 @@ def test_interrupt_while_backends_get_ready_unloads_them(server: FakeServer, sta
         launch(server, Stack(stack.plugin, [Slow()], server))
 
     assert server.events == ["disk.config_complete", "disk.get_ready", "disk.unload"]
+
+
+def test_signal_that_another_thread_gets_wakes_the_server_up(server: FakeServer, stack: Stack) -> None:
+    reading, server.wakeup_fd = os.pipe()
+    os.set_blocking(server.wakeup_fd, False)
+    woken: list[bytes] = []
+
+    def during() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        woken.append(os.read(reading, 1))
+
+    server.during = during
+
+    assert launch(server, stack) == 0
+    assert woken == [bytes([signal.SIGTERM])]
+    assert signal.set_wakeup_fd(-1) == -1  # it has been put back
+    for fd in (reading, server.wakeup_fd):
+        os.close(fd)
+
+
+def raise_twice() -> None:
+    for _ in range(2):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("step", "undone"),
+    [
+        ("after_fork", ["disk.cleanup", "close", "disk.unload"]),
+        ("cleanup", ["close", "disk.unload"]),
+    ],
+)
+def test_second_signal_gives_up_what_a_unit_does_not_return_from(
+    server: FakeServer, stack: Stack, messages: Callable[[], list[str]], step: str, undone: list[str]
+) -> None:
+    class Hanging(Filter):
+        name = "hanging"
+
+    def hang(unit: Filter) -> None:
+        try:
+            raise_twice()
+        except Exception:  # such as units have
+            pytest.fail("a unit can prevent it")
+        pytest.fail("it goes on")
+
+    setattr(Hanging, step, hang)
+
+    assert launch(server, Stack(stack.plugin, [Hanging()], server)) == 1
+    assert messages() == [f"nbdkitpy: error: {step}: given up, as a second signal came"]
+    assert [event for event in server.events if event not in ("shutdown", "abort")][-len(undone) :] == undone
+
+
+def test_unit_that_exits_does_not_end_the_process(
+    server: FakeServer, stack: Stack, messages: Callable[[], list[str]]
+) -> None:
+    class Leaving(Filter):
+        name = "leaving"
+
+        def after_fork(self) -> None:
+            raise SystemExit(0)
+
+    assert launch(server, Stack(stack.plugin, [Leaving()], server)) == 1
+    assert messages() == ["nbdkitpy: error: after_fork: SystemExit: 0"]
+
+
+# --- reload ---
+
+
+@pytest.fixture
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "isatty", lambda fd: False)
+
+
+def hung_up(server: FakeServer) -> Callable[[], None]:
+    """What happens while the server serves: it gets SIGHUP, and is ended if it does not by that."""
+
+    def during() -> None:
+        signal.raise_signal(signal.SIGHUP)
+        server.events.append("goes on")
+        server.stopped.set()
+
+    return during
+
+
+@pytest.mark.parametrize("lines", [["ip: allow is any", "log file reopened"], []])
+def test_sighup_reloads_and_logs_what_that_did(
+    server: FakeServer, stack: Stack, messages: Callable[[], list[str]], lines: list[str]
+) -> None:
+    server.during = hung_up(server)
+
+    assert launch(server, stack, reload=lambda: lines) == 0
+    assert messages() == [f"nbdkitpy: reload: {line}" for line in lines or ["nothing to reload"]]
+    assert server.events[4:7] == ["serve", "call_soon", "goes on"]
+
+
+def test_reload_that_fails_leaves_all_as_it_was(
+    server: FakeServer, stack: Stack, messages: Callable[[], list[str]]
+) -> None:
+    def fail() -> list[str]:
+        raise ConfigError("disk.toml: unknown key")
+
+    server.during = hung_up(server)
+
+    assert launch(server, stack, reload=fail) == 0
+    assert messages() == ["nbdkitpy: error: disk.toml: unknown key"]
+    assert "goes on" in server.events
+
+
+def test_sighup_opens_the_log_anew_if_there_is_nothing_else(
+    server: FakeServer, stack: Stack, tmp_path: Path, no_terminal: None
+) -> None:
+    path = tmp_path / "log"
+    server.during = hung_up(server)
+
+    with log.setup(str(path)):
+        os.rename(path, tmp_path / "old")
+        assert launch(server, stack) == 0
+
+    assert (tmp_path / "old").read_text() == ""
+    assert f"log file {path} reopened" in path.read_text()
+
+
+@pytest.mark.parametrize(("is_open", "ends"), [(True, False), (False, True)])
+def test_sighup_of_a_terminal_that_is_closed_ends_the_server(
+    server: FakeServer, stack: Stack, monkeypatch: pytest.MonkeyPatch, is_open: bool, ends: bool
+) -> None:
+    terminal = [True]
+    monkeypatch.setattr(os, "isatty", lambda fd: fd == 0 and terminal[0])
+
+    def during() -> None:
+        terminal[0] = is_open
+        hung_up(server)()
+
+    server.during = during
+
+    assert launch(server, stack) == 0
+    assert ("shutdown" in server.events) == ends
+
+
+def test_sighup_of_a_closed_terminal_reloads_if_there_is_a_configuration(
+    server: FakeServer, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = [True]
+    monkeypatch.setattr(os, "isatty", lambda fd: terminal[0])
+    reloads: list[str] = []
+
+    def during() -> None:
+        terminal[0] = False
+        hung_up(server)()
+
+    server.during = during
+
+    assert launch(server, stack, reload=lambda: reloads) == 0
+    assert "shutdown" not in server.events
+
+
+# --- the service manager ---
+
+
+class FakeNotifier(Notifier):
+    """Notes with the server's events what it is told."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__({})
+        self._events = events
+
+    def _send(self, message: str) -> None:
+        self._events.append(message.split("\n")[0])
+
+
+def test_service_manager_is_told_of_the_beginning_and_the_server_has_the_rest(server: FakeServer, stack: Stack) -> None:
+    notifier = FakeNotifier(server.events)
+
+    assert launch(server, stack, notifier=notifier) == 0
+
+    assert server.events == [*LIFE[:4], "READY=1", *LIFE[4:]]
+    assert server.notifier is notifier
+
+
+def test_service_manager_is_told_of_a_reload(server: FakeServer, stack: Stack) -> None:
+    def reload() -> list[str]:
+        server.events.append("reload")
+        return []
+
+    server.during = hung_up(server)
+
+    launch(server, stack, notifier=FakeNotifier(server.events), reload=reload)
+
+    assert server.events[6:10] == ["call_soon", "RELOADING=1", "reload", "READY=1"]
+
+
+@pytest.mark.parametrize("step", LIFE[:4])
+def test_service_manager_is_not_told_of_a_start_that_fails(server: FakeServer, stack: Stack, step: str) -> None:
+    server.fails[step] = ConfigError("no")
+
+    assert launch(server, stack, notifier=FakeNotifier(server.events)) == 1
+    assert "READY=1" not in server.events
+
+
+# --- the process ---
+
+
+class FakeBackground:
+    """Goes nowhere, and notes when."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def enter(self, tell: Callable[[], None], clean_up: Callable[[], None]) -> None:
+        self.events.append("background")
+        self.tell = tell
+
+    def ready(self) -> None:
+        self.events.append("ready")
+
+    def failed(self) -> None:
+        self.events.append("failed")
+
+
+@pytest.fixture
+def process(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> FakeBackground:
+    """The process's properties, changes of which are noted with the server's events and not made."""
+    place = FakeBackground(server.events)
+    monkeypatch.setattr(module, "_background", lambda: place)
+    monkeypatch.setattr(privileges, "find_identity", lambda user, group: Identity(1, 2) if user else None)
+    for name in ("allow_locking", "lock_memory"):
+        monkeypatch.setattr(privileges, name, lambda name=name: server.note(name))
+    monkeypatch.setattr(privileges, "become", lambda identity: server.note(f"become {identity.uid}"))
+    monkeypatch.setattr(linux, "death_signal", lambda: 0)
+    return place
+
+
+def test_process_changes_between_the_sockets_and_the_threads(
+    server: FakeServer, stack: Stack, process: FakeBackground
+) -> None:
+    assert launch(server, stack, background=True, user="disk", swap=True) == 0
+
+    changes = ["allow_locking", "become 1", "background", "lock_memory"]
+    assert server.events == [*LIFE[:3], *changes, "disk.after_fork", "ready", *LIFE[4:]]
+
+
+@pytest.mark.parametrize("step", ["become 1", "lock_memory", "disk.after_fork"])
+def test_change_that_fails_is_undone(
+    server: FakeServer, stack: Stack, process: FakeBackground, messages: Callable[[], list[str]], step: str
+) -> None:
+    server.fails[step] = ConfigError("it does not work")
+
+    assert launch(server, stack, background=True, user="disk", swap=True) == 1
+    assert messages() == ["nbdkitpy: error: it does not work"]
+    assert server.events[-3:] == ["close", "disk.unload", "failed"]
+    assert "ready" not in server.events
+
+
+def test_launcher_tells_where_the_server_is(
+    server: FakeServer, stack: Stack, process: FakeBackground, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch(server, stack, background=True, print_uri=True)
+    assert capsys.readouterr().out == ""
+
+    process.tell()
+
+    assert capsys.readouterr().out.startswith(f"{server.uri}\n")
+
+
+def test_users_are_looked_up_before_anything_is_opened(
+    server: FakeServer, stack: Stack, messages: Callable[[], list[str]]
+) -> None:
+    assert launch(server, stack, user="no such user") == 1
+
+    assert server.events == ["disk.unload"]
+    assert len(messages()) == 1
+
+
+def test_sockets_get_their_label_while_they_are_bound(
+    server: FakeServer, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def label(label: str | None) -> Iterator[None]:
+        server.note(f"label {label}")
+        yield
+        server.note("no label")
+
+    monkeypatch.setattr(privileges, "socket_label", label)
+
+    launch(server, stack, selinux_label="x_t")
+
+    assert server.events[2:5] == ["label x_t", "bind", "no label"]
+
+
+@pytest.mark.parametrize(("number", "renewed"), [(0, False), (signal.SIGTERM, True)])
+def test_parents_end_still_ends_us_after_a_change_of_user(
+    server: FakeServer,
+    stack: Stack,
+    process: FakeBackground,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    renewed: bool,
+) -> None:
+    parents: list[int] = []
+    monkeypatch.setattr(linux, "death_signal", lambda: number)
+    monkeypatch.setattr(module, "exit_with_parent", parents.append)
+
+    assert launch(server, stack, user="disk") == 0
+    assert parents == [os.getppid()] * renewed
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_kernel_forgets_the_parents_end_with_the_user_and_is_reminded() -> None:
+    code = """
+import os
+from nbdkitpy.server import launch, linux
+from nbdkitpy.server.privileges import Identity, become
+for change in (become, launch._become):
+    linux.exit_with_parent(os.getppid())
+    if not os.fork():
+        linux.exit_with_parent(os.getppid())
+        change(Identity(65534, 65534))
+        print(linux.death_signal(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+
+    assert done.stdout.split() == ["0", str(int(signal.SIGTERM))], done
 
 
 # --- what is reported ---
@@ -382,133 +737,3 @@ def test_pidfile_is_there_while_the_server_serves(server: FakeServer, stack: Sta
 
     assert seen == [f"{os.getpid()}\n"]
     assert list(tmp_path.iterdir()) == []
-
-
-def test_pidfile_replaces_a_regular_file(tmp_path: Path) -> None:
-    path = tmp_path / "pid"
-    path.write_text("12345678901234567890")
-    before = os.umask(0o022)
-    try:
-        Pidfile(str(path)).write()
-    finally:
-        os.umask(before)
-
-    assert path.read_text() == f"{os.getpid()}\n"
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
-
-
-@pytest.mark.parametrize("target", ["victim", "dangling"])
-def test_pidfile_does_not_follow_a_symbolic_link(tmp_path: Path, target: str) -> None:
-    victim = tmp_path / "victim"
-    victim.write_text("precious")
-    path = tmp_path / "pid"
-    path.symlink_to(target)
-    pidfile = Pidfile(str(path))
-
-    with pytest.raises(ConfigError, match="must be a regular file or not exist; it is a symbolic link"):
-        pidfile.write()
-    pidfile.remove()
-
-    assert victim.read_text() == "precious"
-    assert path.is_symlink()
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["pid", "victim"]
-
-
-def test_pidfile_does_not_replace_a_directory(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="it is something else"):
-        Pidfile(str(tmp_path)).write()
-
-
-def test_pidfile_that_cannot_be_written_is_a_configuration_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--pidfile: cannot write .*/none/pid: No such file or directory"):
-        Pidfile(str(tmp_path / "none" / "pid")).write()
-
-
-def test_pidfile_that_cannot_be_put_in_place_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "rename", refuse)
-
-    with pytest.raises(ConfigError, match="Operation not permitted"):
-        Pidfile(str(tmp_path / "pid")).write()
-
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_pidfile_of_another_is_not_removed(tmp_path: Path) -> None:
-    path = tmp_path / "pid"
-    pidfile = Pidfile(str(path))
-    pidfile.write()
-    other = tmp_path / "other"
-    other.write_text("1\n")
-    os.rename(other, path)
-
-    pidfile.remove()
-
-    assert path.read_text() == "1\n"
-
-
-def test_pidfile_that_somebody_removed_is_no_error(tmp_path: Path) -> None:
-    pidfile = Pidfile(str(tmp_path / "pid"))
-    pidfile.write()
-    os.unlink(tmp_path / "pid")
-
-    pidfile.remove()
-
-
-# --- the parent ---
-
-
-def in_a_process(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_parents_end_will_end_us() -> None:
-    code = """
-import ctypes, os
-from nbdkitpy.server.launch import exit_with_parent
-exit_with_parent(os.getppid())
-number = ctypes.c_int()
-ctypes.CDLL(None).prctl(2, ctypes.byref(number))
-print(number.value)
-"""
-
-    assert in_a_process(code).stdout == f"{int(signal.SIGTERM)}\n"
-
-
-def test_parent_that_has_ended_already_is_noticed() -> None:
-    code = "import os; from nbdkitpy.server.launch import exit_with_parent; exit_with_parent(os.getppid() + 1)"
-
-    assert "--exit-with-parent: the parent process has ended already" in in_a_process(code).stderr
-
-
-class FakeLibrary:
-    def __init__(self, error: int) -> None:
-        self.error = error
-
-    def prctl(self, *args: object) -> int:
-        ctypes.set_errno(self.error)
-        return -1 if self.error else 0
-
-
-def test_parent_is_compared_only_after_the_system_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: FakeLibrary(0))
-
-    exit_with_parent(os.getppid())
-    with pytest.raises(ConfigError, match="has ended already"):
-        exit_with_parent(os.getppid() + 1)
-
-
-def test_system_that_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: FakeLibrary(errno.EINVAL))
-
-    with pytest.raises(ConfigError, match="--exit-with-parent: Invalid argument"):
-        exit_with_parent(os.getppid())
-
-
-def test_system_without_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "platform", "plan9")
-
-    with pytest.raises(ConfigError, match="--exit-with-parent is for Linux only; this system is plan9"):
-        exit_with_parent(os.getppid())
