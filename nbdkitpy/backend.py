@@ -107,7 +107,7 @@ class Client:
 
     number: int  #: counts connections from 1
     family: Family = Family.UNKNOWN
-    address: str | None = None  #: IP address as text; IPv4-mapped peers of an IPv6 socket come as such
+    address: str | None = None  #: IP address as text; an IPv4 peer of an IPv6 socket is one of IPv4
     port: int | None = None  #: TCP or vsock port of the peer
     cid: int | None = None  #: vsock context of the peer
     pid: int | None = None  #: peer of a Unix socket, when it connected
@@ -132,8 +132,11 @@ class Client:
 class ServerControl(Protocol):
     """What a backend may ask of the server that it runs in."""
 
+    def finish(self) -> None:
+        """Accept no more clients, and end when the last of those that are connected has left. Returns at once."""
+
     def shutdown(self) -> None:
-        """Begin an orderly shutdown, and return at once."""
+        """Begin an orderly shutdown, which also ends clients that are connected. Returns at once."""
 
 
 class Handle:
@@ -403,9 +406,9 @@ class Backend:
         Raises:
             ConfigError: one that is required is missing. An override calls this one first.
         """
-        for key, parameter in self.parameters.items():
+        for parameter in self.parameters.values():
             if parameter.required and not parameter.is_set(self):
-                raise ConfigError(f"{self.name}: {key}={parameter.metavar} is missing: {parameter.help}".rstrip(": "))
+                raise ConfigError(parameter.missing(self))
 
     def thread_model(self) -> ThreadModel:
         """Return how much of this may run at once. Asked once, after :meth:`config_complete`."""
@@ -420,6 +423,19 @@ class Backend:
 
     def after_fork(self) -> None:
         """Start threads, if any: the process is now the one that will serve."""
+
+    def reload(self, values: Mapping[str, Any]) -> None:
+        """Set new values of live parameters, by key, while clients are served. They have been parsed.
+
+        Override it to check them together, before calling this one, or to renew what has been made of them, after it.
+        Called in one thread, while others serve clients: those shall find either the old state or the new one. If an
+        inner layer refuses its values, this is called once more, with the old ones.
+
+        Raises:
+            ConfigError: the values do not fit together.
+        """
+        for key, value in values.items():
+            setattr(self, self.parameters[key].attribute, value)
 
     def cleanup(self) -> None:
         """Stop what :meth:`after_fork` started. All handles are closed."""

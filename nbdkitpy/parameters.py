@@ -18,7 +18,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, Literal, NoReturn, TypeVar, overload
 
 from nbdkitpy.exceptions import ConfigError
@@ -57,6 +57,7 @@ class Parameter(Generic[T]):
         required: The configuration is refused without it.
         magic: Words without ``key=`` on the command line are values of this parameter (plugins only, one at most).
         secret: The value is never shown: not in messages, not in dumps.
+        live: A new value may be set while clients are served; see :meth:`Backend.reload`.
         key: The name on the command line, if it is not the attribute's with ``-`` for ``_``.
         metavar: How ``--help`` calls the value; by default after the parser: ``parse_size`` gives ``SIZE``.
         help: One sentence for ``--help`` and the documentation.
@@ -73,6 +74,7 @@ class Parameter(Generic[T]):
         required: Literal[True],
         magic: bool = False,
         secret: bool = False,
+        live: bool = False,
         key: str = "",
         metavar: str = "",
         help: str = "",
@@ -86,6 +88,7 @@ class Parameter(Generic[T]):
         required: bool = False,
         magic: bool = False,
         secret: bool = False,
+        live: bool = False,
         key: str = "",
         metavar: str = "",
         help: str = "",
@@ -97,6 +100,7 @@ class Parameter(Generic[T]):
         *,
         magic: bool = False,
         secret: bool = False,
+        live: bool = False,
         key: str = "",
         metavar: str = "",
         help: str = "",
@@ -109,6 +113,7 @@ class Parameter(Generic[T]):
         required: bool = False,
         magic: bool = False,
         secret: bool = False,
+        live: bool = False,
         key: str = "",
         metavar: str = "",
         help: str = "",
@@ -118,6 +123,7 @@ class Parameter(Generic[T]):
         self.required = required
         self.magic = magic
         self.secret = secret
+        self.live = live
         self.key = key
         self.metavar = metavar or _metavar(parse)
         self.help = help
@@ -147,6 +153,27 @@ class Parameter(Generic[T]):
         """Tell whether `unit` was given a value (a default does not count)."""
         return self.attribute in unit.__dict__
 
+    def read(self, unit: Any, texts: Iterable[str]) -> Any:
+        """Return the value that `unit` would have if it were given `texts`, and nothing before; set nothing.
+
+        Raises:
+            ConfigError: one of them is not a value of this parameter, or there is none and it is required.
+        """
+        value = self.default
+        given = False
+        for text in texts:
+            value, given = self._joined(value, self._parsed(unit, text)), True
+        if self.required and not given:
+            raise ConfigError(self.missing(unit))
+        return value
+
+    def missing(self, unit: Any) -> str:
+        """Return the error that this required parameter was not given."""
+        return f"{unit.name}: {self.key}={self.metavar} is missing: {self.help}".rstrip(": ")
+
+    def _joined(self, before: Any, value: Any) -> Any:
+        return value
+
     def _parsed(self, unit: Any, text: str) -> Any:
         try:
             return self.parse(text)
@@ -168,6 +195,7 @@ class Repeated(Parameter[tuple[T, ...]]):
         *,
         required: bool = False,
         magic: bool = False,
+        live: bool = False,
         key: str = "",
         metavar: str = "",
         help: str = "",
@@ -177,6 +205,7 @@ class Repeated(Parameter[tuple[T, ...]]):
             default=(),
             required=required,
             magic=magic,
+            live=live,
             key=key,
             metavar=metavar or _metavar(parse),
             help=help,
@@ -184,7 +213,10 @@ class Repeated(Parameter[tuple[T, ...]]):
 
     def accept(self, unit: Any, text: str) -> None:
         """Parse `text` and add it to the values that `unit` has."""
-        unit.__dict__[self.attribute] = unit.__dict__.get(self.attribute, ()) + self._parsed(unit, text)
+        unit.__dict__[self.attribute] = self._joined(unit.__dict__.get(self.attribute, ()), self._parsed(unit, text))
+
+    def _joined(self, before: Any, value: Any) -> Any:
+        return before + value
 
 
 def _metavar(parse: Callable[[str], object]) -> str:

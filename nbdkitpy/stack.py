@@ -11,7 +11,7 @@ import difflib
 import errno
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from nbdkitpy.backend import (
@@ -323,15 +323,15 @@ class Stack:
         for layer in reversed(self.layers):
             layer.load()
 
-    def config(self, key: str, value: str) -> None:
-        """Give a parameter to the outermost layer that takes it.
+    def config(self, key: str, value: str) -> Backend:
+        """Give a parameter to the outermost layer that takes it, and return that layer.
 
         Raises:
             ConfigError: the value is wrong, or no layer takes a parameter of that name.
         """
         for layer in self.layers:
             if layer.config(key, value):
-                return
+                return layer
         raise ConfigError(self._unknown_parameter(key))
 
     def _unknown_parameter(self, key: str) -> str:
@@ -366,6 +366,27 @@ class Stack:
         """Have each layer start its threads, the plugin first."""
         for layer in reversed(self.layers):
             layer.after_fork()
+
+    def reload(self, changes: Mapping[Backend, Mapping[str, Sequence[str]]]) -> list[str]:
+        """Set new values of live parameters, all of them or none, and return what was set, for people.
+
+        Args:
+            changes: For layers of this stack the keys of live parameters, and all texts of each; none sets the default.
+
+        Raises:
+            ConfigError: a value is wrong.
+        """
+        parsed = {
+            layer: {key: layer.parameters[key].read(layer, texts) for key, texts in keys.items()}
+            for layer, keys in changes.items()
+        }
+        with contextlib.ExitStack() as undo:
+            for layer, values in parsed.items():
+                before = {key: getattr(layer, layer.parameters[key].attribute) for key in values}
+                undo.callback(layer.reload, before)
+                layer.reload(values)
+            undo.pop_all()
+        return [_set_to(layer, key, texts) for layer, keys in changes.items() for key, texts in keys.items()]
 
     def cleanup(self) -> None:
         """Have each layer stop its threads, the outermost first; one that fails does not keep the others from it."""
@@ -454,6 +475,11 @@ class Stack:
 
     def _serialised(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self.request_lock is None else self.request_lock
+
+
+def _set_to(layer: Backend, key: str, texts: Sequence[str]) -> str:
+    shown = "" if layer.parameters[key].secret else ": " + (" and ".join(texts) or "the default")
+    return f"{layer.name}: {key} has been set{shown}"
 
 
 def _thread_model(layer: Backend) -> ThreadModel:

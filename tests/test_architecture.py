@@ -50,9 +50,8 @@ def _layer(part: str) -> int | None:
 
 
 def _part(dotted: str) -> str:
-    """To which part of our package a module belongs; ``cli_run`` belongs to ``cli``."""
-    part = [*dotted.split("."), ""][1].removesuffix("__init__")
-    return "cli" if part.startswith("cli") else part
+    """To which part of our package a module belongs."""
+    return [*dotted.split("."), ""][1].removesuffix("__init__")
 
 
 def violations(source: str, path: Path) -> list[str]:
@@ -114,9 +113,11 @@ def test_all_three_packages_are_looked_at() -> None:
         ("nbdkitpy/protocol/connection.py", "import os.path"),
         ("nbdkitpy/protocol/connection.py", "def late():\n    import socket"),
         ("nbdkitpy/protocol/connection.py", "from asyncio.streams import StreamReader"),
-        ("nbdkitpy/config.py", "import click"),
-        ("nbdkitpy/config.py", "import socket"),
-        ("nbdkitpy/cli.py", "import tomllib"),
+        ("nbdkitpy/config/file.py", "import click"),
+        ("nbdkitpy/config/file.py", "import socket"),
+        ("nbdkitpy/config/__init__.py", "from nbdkitpy.cli.start import serve"),
+        ("nbdkitpy/cli/start.py", "import tomllib"),
+        ("nbdkitpy/server/launch.py", "from nbdkitpy.config import ServerConfig"),
         ("nbdkitpy/stack.py", "from socket import socket"),
         ("nbdkitpy/unheard_of.py", "import nbdkitpy.backend"),
         ("nbdkitpy_plugins/memory/__init__.py", "from nbdkitpy.backend import Handle"),
@@ -136,9 +137,12 @@ def test_planted_violation_is_found(path: str, source: str) -> None:
     ("path", "source"),
     [
         ("nbdkitpy/__init__.py", "from nbdkitpy.backend import Handle"),
-        ("nbdkitpy/cli.py", "import click\nfrom nbdkitpy import __version__\nfrom nbdkitpy.server import service"),
-        ("nbdkitpy/cli_run.py", "import click\nfrom nbdkitpy.cli import main"),
-        ("nbdkitpy/config.py", "import tomllib\nfrom nbdkitpy.registry import load"),
+        (
+            "nbdkitpy/cli/__init__.py",
+            "import click\nfrom nbdkitpy import __version__\nfrom nbdkitpy.server import service",
+        ),
+        ("nbdkitpy/cli/start.py", "import click\nfrom nbdkitpy.cli.grammar import load\nfrom nbdkitpy.config import x"),
+        ("nbdkitpy/config/file.py", "import tomllib\nfrom nbdkitpy.config.units import x\nfrom nbdkitpy import log"),
         ("nbdkitpy/server/session.py", "import socket\nfrom .listener import x\nfrom ..protocol import constants"),
         ("nbdkitpy/protocol/connection.py", "import struct\nfrom . import constants\nfrom .messages import x"),
         ("nbdkitpy_plugins/memory/__init__.py", "import os, mmap\nfrom nbdkitpy import Handle, Plugin"),

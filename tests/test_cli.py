@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import signal
@@ -20,9 +21,13 @@ from click.testing import CliRunner, Result
 
 import nbdkitpy
 from nbdkitpy import ConfigError, cli
+from nbdkitpy.cli.program import Invocation
 from nbdkitpy.config import DebugFlag, ServerConfig
+from nbdkitpy.server.activation import Activation
 from nbdkitpy.server.launch import SIGNALS
-from nbdkitpy.server.options import AddressFamily, ServerOptions, Transport
+from nbdkitpy.server.notify import Notifier
+from nbdkitpy.server.options import AddressFamily, Endpoint, ServerOptions, Transport
+from nbdkitpy.stack import Stack
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,7 +80,7 @@ class Defect(Plugin):
 
 class Pass(Filter):
     name = "tpass"
-    bound = Parameter(integer(0, 9), key="bound")
+    bound = Parameter(integer(0, 9), key="bound", live=True)
 
     def dump(self):
         return {"tpass_extra": "yes"}
@@ -116,20 +121,21 @@ def units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("cli_test_units", None)
 
 
-def run(*args: str) -> Result:
-    return CliRunner().invoke(cli.command(), list(args), obj=os.getppid(), prog_name="nbdkitpy")
+def run(*args: str, activation: Activation | None = None) -> Result:
+    invocation = Invocation(os.getppid(), activation)
+    return CliRunner().invoke(cli.command(), list(args), obj=invocation, prog_name="nbdkitpy")
 
 
-def parsed(monkeypatch: pytest.MonkeyPatch, *args: str) -> ServerConfig:
+def parsed(monkeypatch: pytest.MonkeyPatch, *args: str, activation: Activation | None = None) -> ServerConfig:
     """What the command line `args` means."""
     found: list[ServerConfig] = []
 
-    def start(config: ServerConfig, **_: object) -> int:
+    def serve(config: ServerConfig, parent: int) -> int:
         found.append(config)
         return 0
 
-    monkeypatch.setattr(cli, "_start", start)
-    result = run(*args)
+    monkeypatch.setattr("nbdkitpy.cli.start.serve", serve)
+    result = run(*args, activation=activation)
     assert result.exit_code == 0, result.output
     return found[0]
 
@@ -139,7 +145,7 @@ Parsed = Callable[..., ServerConfig]
 
 @pytest.fixture(name="parsed")
 def parsed_fixture(monkeypatch: pytest.MonkeyPatch) -> Parsed:
-    return lambda *args: parsed(monkeypatch, *args)
+    return lambda *args, activation=None: parsed(monkeypatch, *args, activation=activation)
 
 
 # --- the grammar ---
@@ -167,13 +173,14 @@ def test_two_dashes_end_the_options(parsed: Parsed) -> None:
 def test_short_options_may_be_put_together(parsed: Parsed) -> None:
     config = parsed("-rvp", "77", "-eexport", "null")
 
-    assert (config.server.readonly, config.verbose, config.server.port) == (True, True, "77")
+    assert (config.server.readonly, config.verbose) == (True, True)
+    assert config.server.endpoints == (Endpoint(port="77"),)
     assert config.server.export_name == "export"
 
 
 def test_lone_dash_is_a_value_and_a_word(parsed: Parsed) -> None:
     assert parsed("sh", "-").parameters == ((None, "-"),)
-    assert parsed("-U", "-", "null").server.transport is Transport.UNIX
+    assert parsed("-U", "-", "null").server.endpoints == (Endpoint(Transport.UNIX),)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +213,7 @@ def test_value_of_an_option_is_not_taken_for_one(parsed: Parsed) -> None:
     [
         (["--ver", "null"], "option --ver is ambiguous: it could be --verbose, --version"),
         (["--d"], "option --d is ambiguous: it could be --debug, --drain, --dump-config, --dump-plugin"),
-        (["--swap", "null"], "--swap"),
+        (["--tls", "on", "null"], "--tls"),
         (["-x", "null"], "-x"),
         (["-rx", "null"], "-x"),
         (["null", "-p"], "-p"),
@@ -223,6 +230,15 @@ def test_value_of_an_option_is_not_taken_for_one(parsed: Parsed) -> None:
         (["-p", "1", "-U", "/x", "null"], "--port and --unix exclude each other"),
         (["-p", "0", "-U", "-", "null"], "--port and --unix exclude each other"),
         (["--vsock", "-U", "/x", "null"], "--vsock and --unix exclude each other"),
+        (["-s", "-p", "1", "null"], "--single and --port exclude each other"),
+        (["-s", "-U", "-", "null"], "--single and --unix exclude each other"),
+        (["--stdin", "--vsock", "null"], "--single and --vsock exclude each other"),
+        (["--single", "--run", "x", "null"], "--single and --run exclude each other"),
+        (["-s", "--dump-plugin", "null"], "--single and --dump-plugin exclude each other"),
+        (["--log-format", "xml", "null"], "'--log-format': must be one of text, json, not 'xml'"),
+        (["--idle-timeout", "x", "null"], "'--idle-timeout': must be a time such as"),
+        (["--config", "", "null"], "'--config': must be a path, not ''"),
+        (["--check-config"], "no plugin is given"),
         ([], "no plugin is given; nbdkitpy --list-plugins shows what there is"),
         (["--dump-plugin"], "no plugin is given"),
     ],
@@ -243,22 +259,32 @@ def test_usage_error_says_how_to_get_help() -> None:
 
 
 @pytest.mark.parametrize(
+    ("args", "endpoint"),
+    [
+        ("", Endpoint()),
+        ("-i any -p 0", Endpoint(address="any", port="0")),
+        ("--ip-addr ::1 --port nbd", Endpoint(address="::1", port="nbd")),
+        ("--ipaddr 127.0.0.1 -i ::1", Endpoint(address="::1")),
+        ("-4", Endpoint(address_family=AddressFamily.INET)),
+        ("-4 --ipv6-only", Endpoint(address_family=AddressFamily.INET6)),
+        ("-6 --ipv4-only", Endpoint(address_family=AddressFamily.INET)),
+        ("-U /run/x.sock", Endpoint(Transport.UNIX, unix_path="/run/x.sock")),
+        ("--unix=- -i ::1 -4", Endpoint(Transport.UNIX)),
+        ("--vsock -p 5 -i ::1 -4", Endpoint(Transport.VSOCK, port="5")),
+        ("--run true", Endpoint(Transport.UNIX)),
+        ("--run true -p 1", Endpoint(port="1")),
+        ("--run true -i ::1", Endpoint(address="::1")),
+        ("--run true --vsock", Endpoint(Transport.VSOCK)),
+        ("--run true -U /x", Endpoint(Transport.UNIX, unix_path="/x")),
+    ],
+)
+def test_options_that_say_where_to_listen(parsed: Parsed, args: str, endpoint: Endpoint) -> None:
+    assert parsed(*args.split(), "null").server == ServerOptions(endpoints=(endpoint,))
+
+
+@pytest.mark.parametrize(
     ("args", "options"),
     [
-        ("-i any -p 0", ServerOptions(address="any", port="0")),
-        ("--ip-addr ::1 --port nbd", ServerOptions(address="::1", port="nbd")),
-        ("--ipaddr 127.0.0.1 -i ::1", ServerOptions(address="::1")),
-        ("-4", ServerOptions(address_family=AddressFamily.INET)),
-        ("-4 --ipv6-only", ServerOptions(address_family=AddressFamily.INET6)),
-        ("-6 --ipv4-only", ServerOptions(address_family=AddressFamily.INET)),
-        ("-U /run/x.sock", ServerOptions(transport=Transport.UNIX, unix_path="/run/x.sock")),
-        ("--unix=- -i ::1", ServerOptions(transport=Transport.UNIX, address="::1")),
-        ("--vsock -p 5", ServerOptions(transport=Transport.VSOCK, port="5")),
-        ("--run true", ServerOptions(transport=Transport.UNIX)),
-        ("--run true -p 1", ServerOptions(port="1")),
-        ("--run true -i ::1", ServerOptions(address="::1")),
-        ("--run true --vsock", ServerOptions(transport=Transport.VSOCK)),
-        ("--run true -U /x", ServerOptions(transport=Transport.UNIX, unix_path="/x")),
         ("-e a --exportname b", ServerOptions(export_name="b")),
         ("--export a --export-name b", ServerOptions(export_name="b")),
         ("-o", ServerOptions(oldstyle=True)),
@@ -289,7 +315,8 @@ def test_paths_are_made_absolute(parsed: Parsed, tmp_path: Path, monkeypatch: py
 
     server = parsed("--pid-file", "pid", "-U", "sock", "null").server
 
-    assert (server.pidfile, server.unix_path) == (str(tmp_path / "pid"), str(tmp_path / "sock"))
+    assert server.pidfile == str(tmp_path / "pid")
+    assert server.endpoints == (Endpoint(Transport.UNIX, unix_path=str(tmp_path / "sock")),)
 
 
 @pytest.mark.parametrize("option", ["--print-uri", "--print-url", "--show-uri", "--show-url"])
@@ -306,13 +333,257 @@ def test_options_that_are_not_the_servers(parsed: Parsed) -> None:
     assert config == ServerConfig(
         "null",
         filters=("b", "a"),
-        server=ServerOptions(transport=Transport.UNIX),
+        server=ServerOptions(endpoints=(Endpoint(Transport.UNIX),)),
         run="x y",
+        background=False,
         log="null",
         name="n",
         debug=(DebugFlag("a", "b", 1), DebugFlag("c", "d", 2)),
         exit_with_parent=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("args", "settings"),
+    [
+        ("-s", {"single": True, "background": False}),
+        ("--stdin", {"single": True, "background": False}),
+        ("-u nbd --group 7", {"user": "nbd", "group": "7"}),
+        ("--user 0 -g disk", {"user": "0", "group": "disk"}),
+        ("--swap --selinux-label a:b", {"swap": True, "selinux_label": "a:b"}),
+        ("--keepalive", {"keepalive": True}),
+        ("--keep-alive --idle-timeout 1.5s", {"keepalive": True, "idle_timeout": 1.5}),
+        ("--log-format=json --log /x", {"log_format": "json", "log": "/x"}),
+        ("-f", {"background": False}),
+        ("--foreground --no-fork", {"background": False}),
+    ],
+)
+def test_options_of_the_service(parsed: Parsed, args: str, settings: dict[str, Any]) -> None:
+    config = parsed(*args.split(), "null")
+
+    # Some are the server's own settings, some the process's.
+    found = {name: getattr(config if hasattr(config, name) else config.server, name) for name in settings}
+    assert found == settings
+
+
+# --- sockets of a service manager ---
+
+ACTIVATION = Activation((3, 4), ("", ""))
+
+
+def test_activation_keeps_the_server_in_the_foreground(parsed: Parsed) -> None:
+    config = parsed("--vsock", "-4", "-P", "/run/pid", "null", activation=ACTIVATION)
+
+    assert not config.background
+    assert config.server.endpoints == (Endpoint(fd=3), Endpoint(fd=4))
+
+
+@pytest.mark.parametrize(
+    ("args", "option"),
+    [
+        (["-i", "::1"], "-i"),
+        (["--ip-addr=::1"], "-i"),
+        (["--port", "0"], "-p"),
+        (["--run", "true"], "--run"),
+        (["--single"], "-s"),
+        (["--unix", "-"], "-U"),
+    ],
+)
+def test_options_that_activation_excludes_are_named(args: list[str], option: str) -> None:
+    result = run(*args, "null", activation=ACTIVATION)
+
+    assert result.exit_code == 2
+    assert f"cannot use socket activation with the {option} option" in result.output
+
+
+def test_sockets_of_a_service_manager_are_in_no_dump() -> None:
+    result = run("--dump-config", "tdisk", activation=ACTIVATION)
+
+    assert result.exit_code == 0
+    assert "listen" not in result.stdout
+
+
+def test_places_of_the_file_are_not_used_under_activation(parsed: Parsed, tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text('[plugin]\nname = "null"\n[[listen]]\ntransport = "unix"\n')
+
+    config = parsed("--config", str(tmp_path / "x.toml"), activation=ACTIVATION)
+
+    assert config.server.endpoints == (Endpoint(fd=3), Endpoint(fd=4))
+
+
+# --- the configuration file ---
+
+FILE = """
+[server]
+threads = 3
+read-only = true
+name = "of the file"
+debug = ["tdisk.trace=1"]
+
+[[listen]]
+transport = "unix"
+path = "/run/x.sock"
+
+[[listen]]
+transport = "vsock"
+
+[[filter]]
+name = "tpass"
+bound = 1
+
+[plugin]
+name = "tdisk"
+size = 1048576
+tag = ["a", "b"]
+"""
+
+
+@pytest.fixture(name="file")
+def file_fixture(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.toml"
+    path.write_text(FILE)
+    return path
+
+
+def test_file_says_what_is_served_and_how(parsed: Parsed, file: Path) -> None:
+    config = parsed("--config", str(file))
+
+    assert (config.plugin, config.filters, config.parameters) == ("tdisk", ("tpass",), ())
+    assert config.server == ServerOptions(
+        endpoints=(Endpoint(Transport.UNIX, unix_path="/run/x.sock"), Endpoint(Transport.VSOCK)),
+        threads=3,
+        readonly=True,
+    )
+    assert (config.name, config.debug) == ("of the file", (DebugFlag("tdisk", "trace", 1),))
+    assert [table.name for table in config.tables] == ["tpass", "tdisk"]
+    assert config.file is not None
+    assert config.file.path == str(file)
+
+
+def test_command_line_wins_over_the_file(parsed: Parsed, file: Path) -> None:
+    config = parsed("--config", str(file), "-t4", "--name=n", "-Dx.y=2", "-p7", "--filter=ip", "tdisk", "size=2M")
+
+    assert config.filters == ("ip", "tpass")
+    assert config.server == ServerOptions(endpoints=(Endpoint(port="7"),), threads=4, readonly=True)
+    assert config.name == "n"
+    assert config.debug == (DebugFlag("tdisk", "trace", 1), DebugFlag("x", "y", 2))
+    assert config.parameters == (("size", "2M"),)
+
+
+@pytest.mark.parametrize(
+    ("args", "plugin", "parameters"),
+    [
+        ([], "tdisk", ()),
+        (["size=2M"], "tdisk", (("size", "2M"),)),
+        (["size=2M", "x"], "tdisk", (("size", "2M"), (None, "x"))),
+        (["tdisk", "2M"], "tdisk", ((None, "2M"),)),
+        (["tplain", "2M"], "tplain", ((None, "2M"),)),
+    ],
+)
+def test_plugin_of_the_file_need_not_be_named(
+    parsed: Parsed, file: Path, args: list[str], plugin: str, parameters: tuple[object, ...]
+) -> None:
+    config = parsed("--config", str(file), *args)
+
+    assert (config.plugin, config.parameters) == (plugin, parameters)
+    assert config.tables[-1].name == plugin
+
+
+def test_parameters_of_the_files_plugin_are_not_given_to_another(parsed: Parsed, file: Path) -> None:
+    tables = parsed("--config", str(file), "tplain").tables
+
+    assert [table.parameters.keys() for table in tables] == [{"bound"}, set()]
+
+
+def test_file_of_parameters_may_come_first(parsed: Parsed, file: Path, tmp_path: Path) -> None:
+    (tmp_path / "words").write_text("size=3M\n")
+
+    assert parsed("--config", str(file), f"@{tmp_path}/words").parameters == (("size", "3M"),)
+
+
+def test_file_without_plugin_needs_one_on_the_command_line(parsed: Parsed, file: Path) -> None:
+    file.write_text("")
+
+    assert parsed("--config", str(file), "null").plugin == "null"
+    result = run("--config", str(file))
+    assert result.exit_code == 1
+    assert result.output == (
+        f"nbdkitpy: error: {file}: there is no table [plugin], and no plugin is given on the command line\n"
+    )
+
+
+def test_file_with_an_error_is_one_line_and_status_1(file: Path) -> None:
+    file.write_text("[server]\nthread = 1\n")
+
+    for question in ([], ["--check-config"], ["--dump-config"], ["--help"]):
+        result = run("--config", str(file), *question)
+
+        assert result.exit_code == 1
+        assert result.output == (
+            f'nbdkitpy: error: {file}: [server]: there is no key "thread": did you mean "threads"?\n'
+        )
+
+
+def test_parameter_of_the_file_that_is_wrong_is_told_with_its_place(file: Path) -> None:
+    file.write_text('[plugin]\nname = "tdisk"\nsize = "x"\n')
+
+    output = run("--config", str(file)).output.splitlines()
+
+    assert [line for line in output if "load" not in line] == [
+        f'nbdkitpy: error: {file}: [plugin] (tdisk): tdisk: size must be a size such as 512, 10M or 1G, not "x"'
+    ]
+
+
+def test_help_and_version_are_about_the_units_of_the_file(file: Path) -> None:
+    assert run("--config", str(file), "-V").output.splitlines()[1:] == ["tpass 4.2", "tdisk 7.1"]
+    assert "tdisk plugin (A disk for tests):" in run("--config", str(file), "--help").output
+
+
+def test_check_config_checks_without_serving(file: Path, tmp_path: Path) -> None:
+    result = run("--config", str(file), "--check-config", "--log", str(tmp_path / "log"), "-P", "/no/such/pid")
+
+    assert result.exit_code == 0
+    assert result.stdout == "nbdkitpy: the configuration is right\n"
+    assert result.stderr == "load {'trace': 1}\nunload\n"
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["tdisk"], "tdisk: size=SIZE is missing: Size of the disk."),
+        (["tdisk", "1", "siz=1"], 'unknown parameter "siz"'),
+        (["tgone"], 'plugin "tgone" of cli-test 4.2 cannot be loaded'),
+        (["tdefect"], "cannot start: LookupError: not to be found"),
+    ],
+)
+def test_check_config_finds_what_is_wrong(args: list[str], message: str) -> None:
+    result = run("--check-config", *args)
+
+    assert result.exit_code == 1
+    (error,) = [line for line in result.output.splitlines() if line.startswith("nbdkitpy: error: ")]
+    assert message in error
+
+
+def test_dump_config_is_a_file_that_says_the_same(parsed: Parsed, file: Path, tmp_path: Path) -> None:
+    args = ["--config", str(file), "tag=c", "-t4", "--filter=tpass", "bound=2"]
+    # What units print, they print on standard error.
+    (tmp_path / "dumped.toml").write_text(run(*args, "--dump-config").stdout)
+
+    before, after = parsed(*args), parsed("--config", str(tmp_path / "dumped.toml"))
+
+    assert after.server == before.server
+    assert (after.filters, after.plugin, after.name) == (("tpass", "tpass"), "tdisk", "of the file")
+    values = [{key: given.values for key, given in table.parameters.items()} for table in after.tables]
+    assert values == [{"bound": ("2",)}, {"bound": ("1",)}, {"tag": ("c",), "size": ("1048576",)}]
+
+
+def test_parser_of_files_is_not_imported_without_one() -> None:
+    code = "import sys; from nbdkitpy.cli import command; command(); print(sorted(sys.modules))"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+    for name in ("tomllib", "tomli", "nbdkitpy.config.file", "nbdkitpy.config.dump", "asyncio", "socket"):
+        assert f"'{name}'" not in modules
 
 
 # --- questions ---
@@ -434,7 +705,7 @@ def test_dump_plugin_has_no_magic_key_where_there_is_none() -> None:
         (["tplain", "word"], "tplain: 'word' must be KEY=VALUE; parameters: none"),
         (["tdisk", "@/no/such/file"], "parameter file '/no/such/file' cannot be read"),
         (["tdisk", "1", "-U", "/no/such/directory/socket"], "/no/such/directory/socket"),
-        (["tdisk", "1", "-P", "/no/such/directory/pid", "-U", "-"], "--pidfile: cannot write"),
+        (["tdisk", "1", "-f", "-P", "/no/such/directory/pid", "-U", "-"], "--pidfile: cannot write"),
         (["tdisk", "1", "--log=/no/such/file"], "--log: cannot open /no/such/file"),
     ],
 )
@@ -472,6 +743,74 @@ def test_debug_flags_are_set_before_load_and_those_unknown_are_warned_of() -> No
     ]
 
 
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the launch of a server is told; it does not happen."""
+    told: dict[str, Any] = {}
+
+    def launch(server: object, stack: Stack, **settings: object) -> int:
+        told.update(settings, server=server)
+        stack.unload()
+        return 0
+
+    monkeypatch.setattr("nbdkitpy.server.launch.launch", launch)
+    monkeypatch.setattr("nbdkitpy.server.single.Single", lambda options: "the single one")
+    return told
+
+
+def test_launch_is_told_all_about_the_process(launched: dict[str, Any]) -> None:
+    options = "-u nbd -g disk --swap --selinux-label a:b -P /run/pid -e x --print-uri -v"
+
+    result = run(*options.split(), "tdisk", "1")
+
+    assert result.exit_code == 0, result.output
+    del launched["server"]
+    assert launched == {
+        "command": None,
+        "pidfile": "/run/pid",
+        "export_name": "x",
+        "announce": True,
+        "print_uri": True,
+        "background": True,
+        "user": "nbd",
+        "group": "disk",
+        "swap": True,
+        "selinux_label": "a:b",
+        "notifier": None,
+        "reload": None,
+    }
+
+
+def test_single_client_has_a_server_of_its_own(launched: dict[str, Any]) -> None:
+    assert run("-s", "tdisk", "1").exit_code == 0
+
+    assert (launched["server"], launched["background"]) == ("the single one", False)
+
+
+def test_service_manager_is_told_if_it_wants_to_be(launched: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/systemd/notify")
+
+    assert run("tdisk", "1").exit_code == 0
+
+    assert isinstance(launched["notifier"], Notifier)
+    assert "NOTIFY_SOCKET" not in os.environ
+
+
+def test_file_is_what_is_reloaded(launched: dict[str, Any], file: Path) -> None:
+    assert run("--config", str(file)).exit_code == 0
+
+    assert launched["reload"]() == ["nothing has changed"]
+
+
+def test_messages_are_set_up_as_the_options_say(launched: dict[str, Any], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+
+    assert run("-Dx.y=1", "--log-format=json", "--log", str(log), "--name=n", "tdisk", "1").exit_code == 0
+
+    (line,) = log.read_text().splitlines()
+    assert (json.loads(line)["name"], json.loads(line)["level"]) == ("n", "warning")
+
+
 def test_exit_with_parent_comes_before_any_unit_and_its_failure_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(parent: int) -> None:
         raise ConfigError(f"--exit-with-parent: no such parent as {parent}")
@@ -504,6 +843,9 @@ def completions(*args: str, incomplete: str) -> list[str]:
 def test_completion_of_options() -> None:
     assert "--readonly" in completions(incomplete="--read")
     assert completions("--log", incomplete="s") == ["stderr", "syslog"]
+    assert completions("--log-format", incomplete="") == ["text", "json"]
+    assert completions("--name", incomplete="x") == []
+    assert completions("--config", incomplete="/etc/x") == ["/etc/x"]
 
 
 def test_completion_of_units() -> None:
@@ -550,7 +892,7 @@ def program(units: Path, *args: str, module: bool = False, **kwargs: Any) -> sub
 def test_program_serves_until_a_signal_and_leaves_nothing(units: Path, tmp_path: Path, number: signal.Signals) -> None:
     path, pidfile = tmp_path / "sock", tmp_path / "pid"
 
-    with program(units, "tdisk", "1M", "-U", str(path), "-P", str(pidfile), "--print-uri") as server:
+    with program(units, "-f", "tdisk", "1M", "-U", str(path), "-P", str(pidfile), "--print-uri") as server:
         assert server.stdout is not None
         assert server.stdout.readline() == f"nbd+unix://?socket={path}\n"
         pid = int(pidfile.read_text())
@@ -571,7 +913,7 @@ def test_program_serves_until_a_signal_and_leaves_nothing(units: Path, tmp_path:
 def test_files_have_the_same_mode_whatever_the_umask(units: Path, tmp_path: Path) -> None:
     path, pidfile = tmp_path / "sock", tmp_path / "pid"
 
-    with program(units, "tdisk", "1M", "-U", str(path), "-P", str(pidfile), "--print-uri", umask=0) as server:
+    with program(units, "-f", "tdisk", "1M", "-U", str(path), "-P", str(pidfile), "--print-uri", umask=0) as server:
         assert server.stdout is not None
         server.stdout.readline()
         modes = [oct(each.stat().st_mode & 0o777) for each in (path, pidfile)]
@@ -581,11 +923,76 @@ def test_files_have_the_same_mode_whatever_the_umask(units: Path, tmp_path: Path
     assert modes == ["0o755", "0o644"]
 
 
+def activated(units: Path, listening: socket.socket, *args: str, fds: str = "1") -> subprocess.Popen[str]:
+    """The program, with a socket at descriptor 3 as a service manager would have it."""
+    start = (
+        "import os, sys; os.dup2(int(sys.argv.pop(1)), 3);"
+        " os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=sys.argv.pop(1));"
+        " from nbdkitpy.cli import main; main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(units), str(ROOT)])}
+    command = [sys.executable, "-c", start, str(listening.fileno()), fds, *args]
+    return subprocess.Popen(
+        command,
+        env=environment,
+        pass_fds=[listening.fileno()],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "fds", "status", "message"),
+    [
+        ([], "0", 1, "nbdkitpy: error: socket activation: LISTEN_FDS must be a number from 1 to 16, not '0'\n"),
+        (["-p", "0"], "1", 2, "cannot use socket activation with the -p option\n"),
+    ],
+)
+def test_wrong_activation_ends_the_program(units: Path, args: list[str], fds: str, status: int, message: str) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listening,
+        activated(units, listening, *args, "tdisk", "1M", fds=fds) as server,
+    ):
+        _, errors = server.communicate(timeout=60)
+
+    assert server.returncode == status
+    assert errors.endswith(message)
+
+
+def test_reload_applies_the_file_to_the_running_server(units: Path, tmp_path: Path) -> None:
+    config = tmp_path / "x.toml"
+    text = '[plugin]\nname = "tdisk"\nsize = "1M"\n[[filter]]\nname = "tpass"\nbound = {}\n[server]\nthreads = {}\n'
+    config.write_text(text.format(1, 1))
+    ours, theirs = socket.socketpair()
+
+    with ours, theirs, program(units, "-s", "--config", str(config), stdin=theirs, stdout=theirs) as server:
+        ours.settimeout(60)
+        assert ours.recv(8) == b"NBDMAGIC"
+        assert server.stderr is not None
+        assert server.stderr.readline() == "load {}\n"
+        config.write_text(text.format(2, 2))
+        server.send_signal(signal.SIGHUP)
+        lines = [server.stderr.readline() for _ in range(2)]
+        config.write_text("[plugin")
+        server.send_signal(signal.SIGHUP)
+        lines += [server.stderr.readline()]
+        ours.close()
+        server.communicate(timeout=60)
+
+    assert lines[:2] == [
+        "nbdkitpy: reload: tpass: bound has been set: 2\n",
+        f"nbdkitpy: reload: {config}: [server]: threads differs: that needs a restart\n",
+    ]
+    assert lines[2].startswith(f"nbdkitpy: error: {config} is not TOML: ")
+    assert server.returncode == 0
+
+
 def test_verbose_server_says_what_it_listens_on(units: Path) -> None:
-    with program(units, "tdisk", "1M", "-i", "127.0.0.1", "-p", "0", "-v", "--run", "echo $port") as server:
+    with program(units, "tdisk", "1M", "-i", "127.0.0.2", "-p", "0", "-v", "--run", "echo $port") as server:
         out, errors = server.communicate(timeout=60)
 
-    assert f"nbdkitpy: listening on 127.0.0.1:{out.strip()} (nbd://127.0.0.1:{out.strip()})\n" in errors
+    assert f"nbdkitpy: listening on 127.0.0.2:{out.strip()} (nbd://127.0.0.2:{out.strip()})\n" in errors
     assert "nbdkitpy: debug: thread model of the whole stack: serialize_all_requests\n" in errors
 
 
@@ -640,6 +1047,23 @@ def test_module_does_nothing_when_it_is_imported(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cli, "main", lambda: pytest.fail("it ran"))
 
     runpy.run_module("nbdkitpy", run_name="nbdkitpy.__main__")
+
+
+def test_main_takes_the_sockets_of_a_service_manager(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    monkeypatch.setenv("LISTEN_FDS", "17")
+    monkeypatch.setattr(os, "umask", lambda mask: mask)
+
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == (
+        "nbdkitpy: error: socket activation: LISTEN_FDS must be a number from 1 to 16, not '17'\n"
+    )
+    assert not {"LISTEN_PID", "LISTEN_FDS"} & os.environ.keys()
 
 
 def test_main_sets_the_umask_and_exits_with_the_status(

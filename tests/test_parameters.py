@@ -737,3 +737,55 @@ def test_parsing_a_password_file_leaves_no_descriptor_open(tmp_path: Path) -> No
 
     assert unit.passphrase == "secret"
     assert os.listdir("/proc/self/fd") == before
+
+
+# --- values that are set later ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("parameter", "texts", "value"),
+    [
+        (Unit.number, ["4"], 4),
+        (Unit.number, ["4", "5"], 5),
+        (Unit.number, [], 3),
+        (Unit.label, [], None),
+        (Unit.rule, ["1", "1"], (1, 1)),
+        (Unit.rule, [], ()),
+    ],
+)
+def test_texts_can_be_read_without_setting_anything(
+    parameter: Parameter[object], texts: list[str], value: object
+) -> None:
+    unit = Unit()
+
+    assert parameter.read(unit, texts) == value
+    assert vars(unit) == {}
+
+
+def test_reading_does_not_add_to_what_was_given_before() -> None:
+    unit = Unit()
+    Unit.rule.accept(unit, "1")
+
+    assert Unit.rule.read(unit, ["1"]) == (1,)
+    assert unit.rule == (1,)
+
+
+@pytest.mark.parametrize(
+    ("parameter", "texts", "message"),
+    [
+        (Unit.number, ["1", "x"], 'unit: number must be an integer from 0 to 9, not "x"'),
+        (Unit.size, [], "unit: size=SIZE is missing: Size of the disk."),
+        (Unit.file, [], "unit: FILE=PATH is missing"),
+    ],
+)
+def test_reading_refuses_what_is_wrong_or_missing(parameter: Parameter[object], texts: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parameter.read(Unit(), texts)
+
+    assert str(caught.value) == message
+
+
+def test_a_parameter_is_live_only_if_it_says_so() -> None:
+    assert Parameter(parse_size, live=True).live
+    assert Repeated(parse_size, live=True).live
+    assert not any(parameter.live for parameter in (Unit.size, Unit.number, Unit.rule))

@@ -1,7 +1,7 @@
 import dataclasses
 import errno
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from nbdkitpy.backend import (
     ThreadModel,
 )
 from nbdkitpy.exceptions import ConfigError, UnitError
-from nbdkitpy.parameters import Parameter, parse_size, parse_string
+from nbdkitpy.parameters import Parameter, Repeated, integer, parse_size, parse_string
 from nbdkitpy.stack import MAX_EXPORTS, Capabilities, OpenExport, Stack
 
 CLIENT = Client(number=1)
@@ -30,6 +30,9 @@ MIB = 1 << 20
 
 
 class Server:
+    def finish(self) -> None:
+        raise AssertionError("nobody asked for it")
+
     def shutdown(self) -> None:
         raise AssertionError("nobody asked for it")
 
@@ -339,6 +342,87 @@ def test_wrong_value_is_not_offered_to_the_next_layer() -> None:
         stack.config("size", "big")
 
     assert plugin.size is None
+
+
+def test_the_layer_that_took_a_parameter_is_returned() -> None:
+    plugin, filter = MemoryPlugin(), Greedy()
+    stack = Stack(plugin, [filter], Server())
+
+    assert stack.config("size", "1k") is filter
+    assert stack.config("block-length", "2k") is plugin
+
+
+# --- new values of live parameters ------------------------------------------------------------------------------------
+
+
+class Lively(Filter):
+    """Notes each reload, and refuses a `low` above `high`."""
+
+    name = "lively"
+
+    low = Parameter(integer(0, 9), default=1, live=True)
+    high = Parameter(integer(0, 9), default=5, live=True, key="top")
+    words = Repeated(parse_string, live=True)
+    secret = Parameter(parse_string, live=True, secret=True)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reloads: list[dict[str, object]] = []
+
+    def reload(self, values: Mapping[str, Any]) -> None:
+        self.reloads.append(dict(values))
+        super().reload(values)
+        if self.low > self.high:
+            raise ConfigError("lively: low must not be above top")
+
+
+def lively_stack() -> tuple[Stack, Lively, Lively]:
+    outer, inner = Lively(), Lively()
+    return Stack(MemoryPlugin(), [outer, inner], Server()), outer, inner
+
+
+def test_reload_sets_new_values_and_tells_of_them() -> None:
+    stack, outer, inner = lively_stack()
+    stack.config("words", "before")
+    stack.config("low", "2")
+
+    told = stack.reload({outer: {"low": [], "words": ["a", "b"], "secret": ["hunter2"]}, inner: {"top": ["7"]}})
+
+    assert (outer.low, outer.words, outer.secret, inner.high) == (1, ("a", "b"), "hunter2", 7)
+    assert outer.reloads == [{"low": 1, "words": ("a", "b"), "secret": "hunter2"}]
+    assert told == [
+        "lively: low has been set: the default",
+        "lively: words has been set: a and b",
+        "lively: secret has been set",
+        "lively: top has been set: 7",
+    ]
+
+
+def test_reload_of_nothing_does_nothing() -> None:
+    stack, outer, _ = lively_stack()
+
+    assert stack.reload({}) == []
+    assert outer.reloads == []
+
+
+def test_a_value_that_cannot_be_parsed_keeps_all_from_being_set() -> None:
+    stack, outer, inner = lively_stack()
+
+    with pytest.raises(ConfigError, match=r"^lively: top must be an integer from 0 to 9"):
+        stack.reload({outer: {"low": ["2"]}, inner: {"low": ["3"], "top": ["99"]}})
+
+    assert (outer.low, inner.low) == (1, 1)
+    assert outer.reloads == inner.reloads == []
+
+
+def test_values_that_a_layer_refuses_are_taken_back_from_all() -> None:
+    stack, outer, inner = lively_stack()
+
+    with pytest.raises(ConfigError, match=r"^lively: low must not be above top$"):
+        stack.reload({outer: {"low": ["2"]}, inner: {"low": ["6"]}})
+
+    assert (outer.low, inner.low) == (1, 1)
+    assert outer.reloads == [{"low": 2}, {"low": 1}]
 
 
 # --- leaks -----------------------------------------------------------------------------------------------------------

@@ -60,8 +60,11 @@ class Server:
     def __init__(self, events: list[str]) -> None:
         self.events = events
 
+    def finish(self) -> None:
+        self.events.append("finish")
+
     def shutdown(self) -> None:
-        self.events.append("shutdown")
+        raise AssertionError("whoever has connected meanwhile is to be served")
 
 
 @pytest.fixture
@@ -82,7 +85,7 @@ def test_the_last_close_ends_the_server_once_the_plugin_has_closed(stack: Stack,
 
     export.close()
 
-    assert plugin.events == ["close", "shutdown"]
+    assert plugin.events == ["close", "finish"]
 
 
 def test_only_the_last_of_several_clients_ends_the_server(stack: Stack, plugin: Disks) -> None:
@@ -93,7 +96,7 @@ def test_only_the_last_of_several_clients_ends_the_server(stack: Stack, plugin: 
     assert plugin.events == ["close", "close"]
 
     exports[2].close()
-    assert plugin.events == ["close", "close", "close", "shutdown"]
+    assert plugin.events == ["close", "close", "close", "finish"]
 
 
 def test_clients_that_only_connect_or_list_do_not_count(stack: Stack, plugin: Disks) -> None:
@@ -114,7 +117,7 @@ def test_a_client_whose_open_fails_does_not_count(stack: Stack, plugin: Disks) -
     plugin.failure = None
     stack.open("", False, CLIENT).close()
 
-    assert plugin.events == ["close", "shutdown"]
+    assert plugin.events == ["close", "finish"]
 
 
 def test_a_probe_does_not_end_the_server(stack: Stack, plugin: Disks) -> None:
@@ -128,10 +131,10 @@ def test_a_probe_does_not_keep_the_server_alive(stack: Stack, plugin: Disks) -> 
     probe = stack.open("", False, PROBE)
 
     export.close()
-    assert plugin.events == ["close", "shutdown"]
+    assert plugin.events == ["close", "finish"]
 
     probe.close()
-    assert plugin.events == ["close", "shutdown", "close"]
+    assert plugin.events == ["close", "finish", "close"]
 
 
 def test_a_client_that_probes_and_then_opens_is_served(stack: Stack, plugin: Disks) -> None:
@@ -140,7 +143,7 @@ def test_a_client_that_probes_and_then_opens_is_served(stack: Stack, plugin: Dis
     assert plugin.events == ["close"]
 
     export.close()
-    assert plugin.events == ["close", "close", "shutdown"]
+    assert plugin.events == ["close", "close", "finish"]
 
 
 def test_probes_beside_a_client_do_not_end_the_server_under_it(stack: Stack, plugin: Disks) -> None:
@@ -150,7 +153,7 @@ def test_probes_beside_a_client_do_not_end_the_server_under_it(stack: Stack, plu
         stack.preconnect(CLIENT, False)
         stack.open("", False, PROBE).close()
 
-    assert "shutdown" not in plugin.events
+    assert "finish" not in plugin.events
 
 
 def test_no_layer_is_put_around_the_handle_of_a_probe() -> None:
@@ -166,7 +169,7 @@ def test_the_server_ends_even_if_the_plugin_fails_to_close(stack: Stack, plugin:
     with pytest.raises(OSError, match="disk is on fire"):
         export.close()
 
-    assert plugin.events == ["close", "shutdown"]
+    assert plugin.events == ["close", "finish"]
 
 
 def test_a_handle_closed_twice_counts_once(stack: Stack, plugin: Disks) -> None:
@@ -176,7 +179,7 @@ def test_a_handle_closed_twice_counts_once(stack: Stack, plugin: Disks) -> None:
     second.handle.close()
     second.handle.close()
 
-    assert "shutdown" not in plugin.events
+    assert "finish" not in plugin.events
 
 
 def test_many_clients_that_leave_together_end_the_server_once(stack: Stack, plugin: Disks) -> None:
@@ -194,16 +197,16 @@ def test_many_clients_that_leave_together_end_the_server_once(stack: Stack, plug
         thread.join(DEADLINE)
 
     assert plugin.events.count("close") == 32
-    assert plugin.events.count("shutdown") == 1
-    assert plugin.events[-1] == "shutdown"
+    assert plugin.events.count("finish") == 1
+    assert plugin.events[-1] == "finish"
 
 
 def test_the_server_is_told_without_a_lock_held(plugin: Disks) -> None:
-    """Another client may open, which takes the lock, before `shutdown` returns."""
+    """Another client may open, which takes the lock, before `finish` returns."""
 
     class Closing(Server):
-        def shutdown(self) -> None:
-            super().shutdown()
+        def finish(self) -> None:
+            super().finish()
             exitlast.wrap(Disk(self.events), CLIENT)
 
     exitlast = ExitLast()
@@ -214,7 +217,7 @@ def test_the_server_is_told_without_a_lock_held(plugin: Disks) -> None:
     thread.join(DEADLINE)
 
     assert not thread.is_alive()
-    assert plugin.events == ["close", "shutdown"]
+    assert plugin.events == ["close", "finish"]
 
 
 def test_requests_go_past_the_filter() -> None:

@@ -50,6 +50,9 @@ class Disks(Plugin):
 
 
 class NoServer:
+    def finish(self) -> None:
+        raise AssertionError("nobody asked for it")
+
     def shutdown(self) -> None:
         raise AssertionError("the ip filter does not end the server")
 
@@ -544,6 +547,96 @@ def test_no_address_text_of_a_peer_is_a_crash(address: str) -> None:
     peer = Peer.of(Client(1, Family.INET6, address=address))
 
     assert (peer.family is Family.UNKNOWN) is (peer.address is None)
+
+
+# --- while it runs --------------------------------------------------------------------------------------------------
+
+
+def reload(stack: Stack, **lists: list[str]) -> list[str]:
+    return stack.reload({stack.filters[0]: lists})
+
+
+def is_permitted(stack: Stack, client: Client) -> bool:
+    try:
+        stack.preconnect(client, False)
+    except PermissionError:
+        return False
+    return True
+
+
+def test_new_rules_are_for_clients_that_connect_from_then_on() -> None:
+    stack, _ = make_stack("allow=10.0.0.1", "deny=all")
+    export = stack.open("", False, tcp("10.0.0.1"))
+
+    told = reload(stack, allow=["10.0.0.2,10.0.0.3", "::1"])
+
+    assert told == ["ip: allow has been set: 10.0.0.2,10.0.0.3 and ::1"]
+    addresses = ["10.0.0.1", "10.0.0.2", "10.0.0.3", "::1", "::2"]
+    assert [is_permitted(stack, tcp(address)) for address in addresses] == [False, True, True, True, False]
+    assert export.handle.pread(512, 0) == bytes(512)
+
+
+def test_rules_that_are_removed_no_longer_hold() -> None:
+    stack, _ = make_stack("deny=all")
+
+    reload(stack, deny=[])
+
+    assert is_permitted(stack, UNKNOWN)
+
+
+def test_a_wrong_rule_leaves_all_old_ones_in_force() -> None:
+    stack, _ = make_stack("allow=10.0.0.1", "deny=all")
+
+    with pytest.raises(ConfigError, match="ip: deny must be rules separated by commas"):
+        reload(stack, allow=["all"], deny=["10.0.0.0/8", "localhost"])
+
+    assert is_permitted(stack, tcp("10.0.0.1"))
+    assert not is_permitted(stack, tcp("10.0.0.2"))
+
+
+class AddressWithConsequences(str):
+    """Something happens while a rule is about to be applied to it."""
+
+    consequence: Callable[[], object]
+
+    def partition(self, separator: str) -> tuple[str, str, str]:
+        self.consequence()
+        return super().partition(separator)
+
+
+def test_a_check_that_has_begun_goes_by_the_old_rules() -> None:
+    stack, _ = make_stack("deny=10.0.0.1")
+    address = AddressWithConsequences("10.0.0.1")
+    address.consequence = lambda: reload(stack, deny=[])
+
+    assert not is_permitted(stack, tcp(address))
+    assert is_permitted(stack, tcp("10.0.0.1"))
+
+
+def test_a_client_that_was_to_be_checked_late_is_still_checked_when_late_rules_have_gone() -> None:
+    stack, _ = make_stack("allow=dn:*alice*", "deny=all")
+    stack.preconnect(tcp("10.0.0.1"), False)
+
+    reload(stack, allow=["10.0.0.2"])
+
+    for call in late_calls(stack):
+        with pytest.raises(PermissionError):
+            call(tcp("10.0.0.1"))
+    assert not is_permitted(stack, tcp("10.0.0.1"))
+    stack.preconnect(tcp("10.0.0.2"), False)
+    stack.open("", False, tcp("10.0.0.2"))
+
+
+def test_rules_may_become_late() -> None:
+    stack, _ = make_stack("deny=all")
+
+    reload(stack, allow=["dn:*alice*"])
+
+    stack.preconnect(TLS, False)
+    stack.open("", False, TLS)
+    stack.preconnect(UNIX, False)
+    with pytest.raises(PermissionError):
+        stack.open("", False, UNIX)
 
 
 # --- odds and ends --------------------------------------------------------------------------------------------------

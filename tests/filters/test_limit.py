@@ -67,6 +67,9 @@ class Disks(Plugin):
 
 
 class NoServer:
+    def finish(self) -> None:
+        raise AssertionError("nobody asked for it")
+
     def shutdown(self) -> None:
         raise AssertionError("the limit filter does not end the server")
 
@@ -379,6 +382,66 @@ def test_a_storm_of_clients_never_exceeds_the_limit_and_leaves_all_slots_free() 
     assert plugin.open_now == 0
     assert 1 <= plugin.most <= 3
     assert free_slots(stack, 10) == 3
+
+
+# --- while it runs --------------------------------------------------------------------------------------------------
+
+
+def reload(stack: Stack, *limit: str) -> list[str]:
+    return stack.reload({stack.filters[0]: {"limit": limit}})
+
+
+def test_a_higher_limit_lets_more_clients_in_at_once() -> None:
+    stack, _ = make_stack("1")
+    connect(stack)
+    assert is_refused(lambda: connect(stack))
+
+    assert reload(stack, "3") == ["limit: limit has been set: 3"]
+
+    assert free_slots(stack, 10) == 2
+
+
+def test_a_lower_limit_ends_nobody_and_refuses_until_enough_have_left() -> None:
+    stack, plugin = make_stack("3")
+    exports = [connect(stack) for _ in range(3)]
+
+    reload(stack, "1")
+
+    assert plugin.open_now == 3
+    exports[0].close()
+    exports[1].close()
+    assert is_refused(lambda: connect(stack))
+    exports[2].close()
+    assert free_slots(stack, 10) == 1
+
+
+def test_a_limit_that_is_removed_is_the_default() -> None:
+    stack, _ = make_stack("3")
+
+    reload(stack)
+
+    assert free_slots(stack, 10) == 1
+
+
+def test_no_limit_and_back_again() -> None:
+    stack, _ = make_stack("1")
+
+    reload(stack, "0")
+    exports = [connect(stack) for _ in range(10)]
+    reload(stack, "11")
+
+    assert free_slots(stack, 20) == 1
+    for export in exports:
+        export.close()
+
+
+def test_a_wrong_limit_leaves_the_old_one() -> None:
+    stack, _ = make_stack("2")
+
+    with pytest.raises(ConfigError, match="limit must be an integer"):
+        reload(stack, "x")
+
+    assert free_slots(stack, 10) == 2
 
 
 # --- odds and ends --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ __all__ = ["ExitLast"]
 
 
 class ExitLast(Filter):
-    """Shut the server down when the last open export is closed; never before the first was opened."""
+    """Have the server finish when the last open export is closed; never before the first was opened."""
 
     name = "exitlast"
     longname = "nbdkitpy exitlast filter"
@@ -36,7 +36,8 @@ class ExitLast(Filter):
             self._open -= 1
             last = self._open == 0
         if last:
-            self.server.shutdown()
+            # Not shutdown(): who has connected meanwhile, and is still in the handshake, is to be served.
+            self.server.finish()
 
 
 class _CountedHandle(FilterHandle):

@@ -15,7 +15,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from nbdkitpy import Client, Export, Family, Filter, Handle, Repeated, hookimpl
 
@@ -234,6 +234,18 @@ def _address(text: str) -> Address:
 # --- the filter -----------------------------------------------------------------------------------------------------
 
 
+class _Rules(NamedTuple):
+    """Both lists, in one object, so that no client is checked by one old and one new list."""
+
+    allow: tuple[Rule, ...] = ()
+    deny: tuple[Rule, ...] = ()
+
+    @property
+    def late(self) -> bool:
+        """All rules are to be applied after the TLS handshake, since one of them has to be."""
+        return any(rule.late for rule in (*self.allow, *self.deny))
+
+
 class Ip(Filter):
     """Refuse clients by where they come from and who they are."""
 
@@ -243,33 +255,48 @@ class Ip(Filter):
     debug_flags = frozenset({"rules"})
 
     allow = Repeated(
-        parse_rules, help="Rules separated by commas; a client that one of them matches is permitted. May be repeated."
+        parse_rules,
+        live=True,
+        help="Rules separated by commas; a client that one of them matches is permitted. May be repeated.",
     )
     deny = Repeated(
         parse_rules,
+        live=True,
         help="Rules separated by commas; a client that one of them matches is refused unless allowed. May be repeated.",
     )
 
     def __init__(self) -> None:
         super().__init__()
-        self._allow: tuple[Rule, ...] = ()
-        self._deny: tuple[Rule, ...] = ()
-        self._late = False  # all rules are applied after the TLS handshake
+        self._rules = _Rules()
+        self._late = False  # rules are, or once were, applied after the TLS handshake
         self._log = logging.getLogger("nbdkitpy.ip")
 
     def config_complete(self) -> None:
         super().config_complete()
-        self._allow = tuple(rule for rules in self.allow for rule in rules)
-        self._deny = tuple(rule for rules in self.deny for rule in rules)
-        self._late = any(rule.late for rule in (*self._allow, *self._deny))
+        self._renew()
+
+    def reload(self, values: Mapping[str, Any]) -> None:
+        super().reload(values)
+        self._renew()
+
+    def _renew(self) -> None:
+        """Make rules of the parameters. Clients may be checked meanwhile, by either the old rules or the new ones."""
+        rules = _Rules(
+            tuple(rule for rules in self.allow for rule in rules), tuple(rule for rules in self.deny for rule in rules)
+        )
+        # Never taken back, as clients that were not checked when they connected may not have come to open yet. And
+        # first of all, as clients may already be let through to there by the new rules.
+        self._late |= rules.late
+        self._rules = rules
         if self.debug.get("rules"):
-            for name, rules in (("allow", self._allow), ("deny", self._deny)):
-                self._log.debug("ip: %s rules: %s", name, [rule.text for rule in rules])
-            self._log.debug("ip: rules are applied %s", "late, after TLS" if self._late else "at once")
+            self._log.debug("ip: allow rules: %s", [rule.text for rule in rules.allow])
+            self._log.debug("ip: deny rules: %s", [rule.text for rule in rules.deny])
+            self._log.debug("ip: rules are applied %s", "late, after TLS" if rules.late else "at once")
 
     def preconnect(self, client: Client, readonly: bool) -> None:
-        if not self._late:
-            self._check(client)
+        rules = self._rules
+        if not rules.late:
+            self._check(rules, client)
         super().preconnect(client, readonly)
 
     # What a client could learn or open once TLS is up; before that, preconnect has decided.
@@ -288,15 +315,15 @@ class Ip(Filter):
 
     def _check_late(self, client: Client) -> None:
         if self._late:
-            self._check(client)
+            self._check(self._rules, client)
 
-    def _check(self, client: Client) -> None:
+    def _check(self, rules: _Rules, client: Client) -> None:
         """Refuse `client`, by raising PermissionError, if the rules say so."""
-        if not self._allow and not self._deny:
+        if not rules.allow and not rules.deny:
             return
         peer = Peer.of(client)
-        allowing = next((rule for rule in self._allow if rule.matches(peer)), None)
-        denying = None if allowing else next((rule for rule in self._deny if rule.matches(peer) is not False), None)
+        allowing = next((rule for rule in rules.allow if rule.matches(peer)), None)
+        denying = None if allowing else next((rule for rule in rules.deny if rule.matches(peer) is not False), None)
         permitted = allowing is not None or (denying is None and peer.family is not Family.UNKNOWN)
         if self.debug.get("rules"):
             self._log_decision(peer, permitted, allowing or denying)

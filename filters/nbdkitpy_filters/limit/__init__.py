@@ -25,7 +25,11 @@ class Limit(Filter):
     description = "Limit the number of clients that can be connected at once."
 
     limit = Parameter(
-        integer(0, _MAX_LIMIT), default=1, metavar="N", help="Number of clients at once; 0 means no limit. Default: 1."
+        integer(0, _MAX_LIMIT),
+        default=1,
+        live=True,
+        metavar="N",
+        help="Number of clients at once; 0 means no limit. Default: 1.",
     )
 
     def __init__(self) -> None:
@@ -54,7 +58,8 @@ class Limit(Filter):
         return _LimitHandle(handle, self._give_back)
 
     def _check(self) -> None:
-        if self.limit and self._taken >= self.limit:
+        limit = self.limit  # a reload may change it meanwhile
+        if limit and self._taken >= limit:
             raise PermissionError(errno.EACCES, "limit: too many clients connected, connection rejected")
 
     def _give_back(self) -> None:

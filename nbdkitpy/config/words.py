@@ -1,8 +1,7 @@
-"""What a server is started with, and the grammar of the parameters for its units. Pure, but for ``@PATH`` files."""
+"""The grammar of words: parameters for units on the command line, and debug flags. Pure, but for ``@PATH`` files."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import sys
@@ -11,12 +10,11 @@ from typing import Any, NamedTuple, TypeAlias
 
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.parameters import Parameter, integer
-from nbdkitpy.server.options import ServerOptions
 
 __all__ = [
     "Assignment",
     "DebugFlag",
-    "ServerConfig",
+    "is_parameter",
     "magic_key",
     "parse_debug_flag",
     "read_words",
@@ -42,22 +40,8 @@ class DebugFlag(NamedTuple):
     flag: str
     value: int
 
-
-@dataclasses.dataclass(frozen=True)
-class ServerConfig:
-    """All that the command line says, defaults filled in."""
-
-    plugin: str
-    filters: tuple[str, ...] = ()  #: outermost first
-    parameters: tuple[Assignment, ...] = ()  #: in the order given, of all units
-    server: ServerOptions = dataclasses.field(default_factory=ServerOptions)
-    run: str | None = None  #: shell command beside which the server runs
-    print_uri: bool = False
-    log: str = "default"
-    name: str = ""
-    verbose: bool = False
-    debug: tuple[DebugFlag, ...] = ()
-    exit_with_parent: bool = False
+    def __str__(self) -> str:
+        return f"{self.unit}.{self.flag}={self.value}"
 
 
 def parse_debug_flag(text: str) -> DebugFlag:
@@ -78,6 +62,11 @@ def split_word(word: str) -> Assignment:
     return (match[1], match[2]) if match else (None, word)
 
 
+def is_parameter(word: str) -> bool:
+    """Tell whether `word` can only be a parameter or a file of them, not the name of a plugin."""
+    return split_word(word)[0] is not None or _is_file(word)
+
+
 def read_words(words: Iterable[str]) -> tuple[Assignment, ...]:
     """Split each word, in order; ``@PATH`` stands for the lines of a file, which may do the same.
 
@@ -91,13 +80,17 @@ def read_words(words: Iterable[str]) -> tuple[Assignment, ...]:
 
 def _expanded(words: Iterable[str], directory: str, including: tuple[str, ...]) -> Iterator[Assignment]:
     for word in words:
-        if word.startswith("@") and "/" in word:
+        if _is_file(word):
             path = os.path.realpath(os.path.join(directory, word[1:]))
             if path in including:
                 raise ConfigError(f"parameter file {path!r} includes itself (by {including[-1]!r})")
             yield from _expanded(_lines(path), os.path.dirname(path), (*including, path))
         else:
             yield split_word(word)
+
+
+def _is_file(word: str) -> bool:
+    return word.startswith("@") and "/" in word
 
 
 def _lines(path: str) -> list[str]:

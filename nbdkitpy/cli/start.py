@@ -1,0 +1,212 @@
+"""From a configuration to a stack that has its parameters, and on to a server or to an answer about it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import click
+
+import nbdkitpy
+from nbdkitpy import log
+from nbdkitpy.backend import Backend, Filter, Plugin, ServerControl
+from nbdkitpy.cli import information
+from nbdkitpy.cli.grammar import PROGRAM, Units, load
+from nbdkitpy.config import DebugFlag, ServerConfig
+from nbdkitpy.config.units import Configured, configure
+from nbdkitpy.registry import Registry
+from nbdkitpy.stack import Stack
+
+if TYPE_CHECKING:
+    from nbdkitpy.server.launch import Servable
+    from nbdkitpy.server.notify import Notifier
+
+__all__ = ["Loaded", "ask", "check_config", "dump_config", "dump_plugin", "serve"]
+
+#: What nbdkit's users set by -D on the server itself. Requests are never logged here, so there is nothing to set.
+_SERVER_DEBUG_FLAGS = frozenset({"backend.controlpath", "backend.datapath"})
+_SERVER_NAMES = ("nbdkit", PROGRAM)
+
+
+class Loaded(NamedTuple):
+    """A stack that has its parameters, and what they came from. Nothing has been checked together."""
+
+    config: ServerConfig
+    units: Units
+    stack: Stack
+    configured: Configured
+
+
+def serve(config: ServerConfig, parent: int) -> int:
+    """Serve what `config` says until the server is told to end; return the exit status.
+
+    Args:
+        parent: The process that started this one, for ``--exit-with-parent``.
+    """
+    from nbdkitpy.server.launch import exit_with_parent, report
+
+    notifier = _notifier()  # takes variables away that no child of a unit may see
+    with log.setup(
+        config.log,
+        name=config.name,
+        verbose=config.verbose,
+        format=config.log_format,
+        background=config.background,
+    ):
+        try:
+            if config.exit_with_parent:
+                exit_with_parent(parent)
+            server = _server(config)
+            with contextlib.ExitStack() as undo:
+                loaded = _load(config, server, undo)
+                reload = _reloader(loaded)
+                undo.pop_all()  # launch sees to it
+        except Exception as error:  # a unit's may be anything
+            report("cannot start", error)
+            return 1
+        return _launch(config, server, loaded.stack, notifier, reload)
+
+
+def ask(config: ServerConfig, answer: Callable[[Loaded], int]) -> int:
+    """Load and configure what `config` says, have `answer` tell something of it, and return the exit status."""
+    from nbdkitpy.server.launch import report
+
+    # Whoever asks wants to see what is wrong, and nothing to be written elsewhere.
+    with log.setup("stderr", name=config.name, verbose=config.verbose, format=config.log_format):
+        try:
+            with contextlib.ExitStack() as undo:
+                return answer(_load(config, _NoServer(), undo))
+        except Exception as error:
+            report("cannot start", error)
+            return 1
+
+
+class _NoServer:
+    """What units see of a server that is not there."""
+
+    def finish(self) -> None:
+        """Do nothing."""
+
+    def shutdown(self) -> None:
+        """Do nothing."""
+
+
+# --- answers ---
+
+
+def dump_plugin(loaded: Loaded) -> int:
+    """Print facts about the plugin, and about the filters after it."""
+    return information.dump(information.plugin_facts(loaded.units, loaded.stack))
+
+
+def dump_config(loaded: Loaded) -> int:
+    """Print the configuration as a file for ``--config``."""
+    from nbdkitpy.config.dump import to_toml
+
+    click.echo(to_toml(loaded.config, loaded.stack, loaded.configured), nl=False)
+    return 0
+
+
+def check_config(loaded: Loaded) -> int:
+    """Have the units check their parameters together, and say so if nothing is wrong."""
+    loaded.stack.config_complete()
+    click.echo(f"{PROGRAM}: the configuration is right")
+    return 0
+
+
+# --- the stack ---
+
+
+def _load(config: ServerConfig, server: ServerControl, undo: contextlib.ExitStack) -> Loaded:
+    units = load(Registry(), config.plugin, config.filters)
+    stack = _loaded_stack(units, server, config.debug)
+    undo.callback(stack.unload)
+    return Loaded(config, units, stack, configure(stack, config.plugin, config.parameters, config.tables))
+
+
+def _loaded_stack(units: Units, server: ServerControl, flags: Iterable[DebugFlag]) -> Stack:
+    *outer, inner = [unit.cls() for unit in units]
+    assert isinstance(inner, Plugin)
+    stack = Stack(inner, [layer for layer in outer if isinstance(layer, Filter)], server)
+    _set_debug_flags(stack.layers, flags)
+    logging.getLogger(PROGRAM).debug(
+        "version %s, layers: %s", nbdkitpy.__version__, " -> ".join(layer.name for layer in stack.layers)
+    )
+    stack.load()
+    return stack
+
+
+def _set_debug_flags(layers: Sequence[Backend], flags: Iterable[DebugFlag]) -> None:
+    """Set each flag where there is one; of others only warn, as scripts set them for versions that have them."""
+    for flag in flags:
+        found = [layer for layer in layers if layer.name == flag.unit]
+        known = [layer for layer in found if flag.flag in layer.debug_flags]
+        for layer in known:
+            layer.debug[flag.flag] = flag.value
+        is_servers = flag.unit in _SERVER_NAMES and flag.flag in _SERVER_DEBUG_FLAGS
+        if not known and not is_servers:
+            why = "has no such flag" if found or flag.unit in _SERVER_NAMES else "is not in use"
+            logging.getLogger(PROGRAM).warning(
+                "-D %s.%s is not used: %s %s", flag.unit, flag.flag, flag.unit, why, extra=log.TERMINAL
+            )
+
+
+# --- the server ---
+
+
+def _server(config: ServerConfig) -> Servable:
+    if config.single:
+        from nbdkitpy.server.single import Single
+
+        return Single(config.server)
+    from nbdkitpy.server.service import Server
+
+    return Server(config.server)
+
+
+def _reloader(loaded: Loaded) -> Callable[[], list[str]] | None:
+    if loaded.config.file is None:
+        return None
+    from nbdkitpy.config.reload import Reloader
+
+    return Reloader(loaded.config.file, loaded.stack, loaded.configured)
+
+
+def _notifier() -> Notifier | None:
+    # Without a service manager not even the module is needed.
+    if not os.environ.keys() & {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}:
+        return None
+    from nbdkitpy.server.notify import Notifier
+
+    return Notifier(os.environ)
+
+
+def _launch(
+    config: ServerConfig,
+    server: Servable,
+    stack: Stack,
+    notifier: Notifier | None,
+    reload: Callable[[], list[str]] | None,
+) -> int:
+    from nbdkitpy.server.launch import launch
+
+    return launch(
+        server,
+        stack,
+        command=config.run,
+        pidfile=config.server.pidfile,
+        export_name=config.server.export_name,
+        announce=config.verbose or sys.stderr.isatty(),
+        print_uri=config.print_uri,
+        background=config.background,
+        user=config.user,
+        group=config.group,
+        swap=config.swap,
+        selinux_label=config.selinux_label,
+        notifier=notifier,
+        reload=reload,
+    )

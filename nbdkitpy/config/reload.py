@@ -1,0 +1,109 @@
+"""Reads the configuration file again while clients are served, and applies what can be applied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nbdkitpy import log
+from nbdkitpy.backend import Backend
+from nbdkitpy.config.file import Document, read_file
+from nbdkitpy.config.units import Configured, UnitTable, read_texts, tables_of, unknown
+from nbdkitpy.exceptions import ConfigError
+from nbdkitpy.stack import Stack
+
+__all__ = ["Reloader"]
+
+
+class Reloader:
+    """Brings a running stack up to date with its configuration file.
+
+    Live parameters get their new values, all of them or none. Everything else that differs from what the server was
+    started with is told of each time.
+
+    Args:
+        document: The file as the server was started with it.
+        stack: It was configured by it.
+        configured: By what.
+    """
+
+    def __init__(self, document: Document, stack: Stack, configured: Configured) -> None:
+        self._document = document
+        self._stack = stack
+        self._configured = configured
+        # What was not given by the file is not to be changed by it: a plugin may have been named on the command line.
+        plugin = document.plugin
+        self._uses_plugin = plugin is not None and plugin.name == stack.plugin.name
+        self._running = {
+            layer: {key: read_texts(layer, key, table) for key in _live(layer)}
+            for layer, table in self._tables(document)
+        }
+
+    def __call__(self) -> list[str]:
+        """Read the file, open the log file anew, and return what was done and what was not, for people.
+
+        Raises:
+            ConfigError: there is an error in the file. Then all stays as it was.
+        """
+        new = read_file(self._document.path)
+        changes, lines = self._compare(new)
+        lines = [*self._stack.reload(changes), *lines]
+        for layer, texts in changes.items():
+            self._running[layer].update(texts)
+        return [*lines, *_reopened()] or ["nothing has changed"]
+
+    def _compare(self, new: Document) -> tuple[dict[Backend, dict[str, tuple[str, ...]]], list[str]]:
+        """The changes of live parameters, and lines about all others."""
+        changes: dict[Backend, dict[str, tuple[str, ...]]] = {}
+        lines = [f"{what} differs: that needs a restart" for what in self._differences(new)]
+        if self._names(new) != self._names(self._document):
+            return changes, lines
+        pairs = zip(self._tables(self._document), self._tables(new))
+        for (layer, before), (_, after) in pairs:
+            for key in sorted({*before.parameters, *after.parameters} | _live(layer)):
+                if (layer, key) in self._configured.by_command_line:
+                    if before.parameters.get(key) != after.parameters.get(key):
+                        lines.append(f"{after.where}: {key} is not used, as the command line gives it")
+                elif key in _live(layer):
+                    texts = read_texts(layer, key, after)
+                    if texts != self._running[layer][key]:
+                        changes.setdefault(layer, {})[key] = texts
+                elif before.parameters.get(key) != after.parameters.get(key):
+                    _check(layer, key, after)
+                    lines.append(f"{after.where}: {key} differs: that needs a restart")
+        return changes, lines
+
+    def _differences(self, new: Document) -> Iterator[str]:
+        """What differs but for the parameters of units."""
+        old = self._document
+        for key in sorted({*old.server, *new.server}):
+            if old.server.get(key) != new.server.get(key):
+                yield f"{new.path}: [server]: {key}"
+        if old.listen != new.listen:
+            yield f"{new.path}: [[listen]]"
+        if self._names(new) != self._names(old):
+            yield f"{new.path}: the choice of plugin and filters"
+
+    def _names(self, document: Document) -> list[str]:
+        return [table.name for table in (*document.filters, *([document.plugin] if document.plugin else []))]
+
+    def _tables(self, document: Document) -> Iterator[tuple[Backend, UnitTable]]:
+        plugin = document.plugin if self._uses_plugin and document.plugin else UnitTable("", document.path)
+        return tables_of(self._stack, (*document.filters, plugin))
+
+
+def _live(layer: Backend) -> frozenset[str]:
+    return frozenset(key for key, parameter in layer.parameters.items() if parameter.live)
+
+
+def _check(layer: Backend, key: str, table: UnitTable) -> None:
+    """Refuse what could not be started with, as far as that can be told without doing it."""
+    takes_others = type(layer).config is not Backend.config
+    if key in table.parameters and key not in layer.parameters and not takes_others:
+        raise unknown(layer, key, table)
+
+
+def _reopened() -> list[str]:
+    try:
+        return log.reopen()
+    except ConfigError as error:  # the rest of the reload is done, and has to be told
+        return [str(error)]

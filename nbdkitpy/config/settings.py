@@ -1,0 +1,342 @@
+"""The settings of the server: each declared once, for the command line and the file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nbdkitpy import log
+from nbdkitpy.config.words import Assignment, DebugFlag, parse_debug_flag
+from nbdkitpy.parameters import choice, integer, parse_delay, parse_path, parse_string
+from nbdkitpy.server.options import AddressFamily, Endpoint, ServerOptions, Transport
+
+if TYPE_CHECKING:
+    from nbdkitpy.config.file import Document
+    from nbdkitpy.config.units import UnitTable
+
+__all__ = ["LISTENING", "SETTINGS", "ServerConfig", "Setting", "endpoints", "server_config", "value_in"]
+
+_MAX_THREADS = 1 << 16
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """All that the command line and the file say, defaults filled in."""
+
+    plugin: str
+    filters: tuple[str, ...] = ()  #: outermost first
+    parameters: tuple[Assignment, ...] = ()  #: of the command line, in the order given, of all units
+    tables: tuple[UnitTable, ...] = ()  #: of the file: of the innermost layers, the plugin's last
+    server: ServerOptions = dataclasses.field(default_factory=ServerOptions)
+    run: str | None = None  #: shell command beside which the server runs
+    single: bool = False  #: one connection, on standard input and output
+    background: bool = True
+    print_uri: bool = False
+    log: str = "default"
+    log_format: str = "text"
+    name: str = ""
+    verbose: bool = False
+    debug: tuple[DebugFlag, ...] = ()
+    exit_with_parent: bool = False
+    user: str | None = None
+    group: str | None = None
+    swap: bool = False
+    selinux_label: str | None = None
+    file: Document | None = None  #: of --config
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One way to say a setting of the server."""
+
+    name: str  #: of the value: a field of ServerConfig or ServerOptions, or what :func:`endpoints` looks at
+    options: tuple[str, ...]  #: its names on the command line
+    help: str
+    metavar: str = ""  #: what its value is; "" for a switch, which has none
+    parse: Callable[[str], object] = parse_string
+    value: object = True  #: of a switch
+    key: str = ""  #: its name in the file's table [server]; "" if it is not for that
+    kinds: tuple[type, ...] = (str,)  #: of values in the file
+    many: bool = False  #: may be given several times
+
+    @property
+    def is_switch(self) -> bool:
+        """Tell whether it is either given or not."""
+        return not self.metavar
+
+
+def _handshake_flags(text: str) -> int:
+    return ServerOptions.handshake_flags & integer(0, (1 << 32) - 1)(text)
+
+
+def _threads(text: str) -> int:
+    return integer(0, _MAX_THREADS)(text) or ServerOptions.threads
+
+
+def _unix_path(text: str) -> str:
+    return text if text == "-" else parse_path(text)
+
+
+_TIME = (str, int, float)
+
+#: Settings that say where to listen. A file has its tables [[listen]] for that.
+LISTENING = frozenset({"address", "address_family", "port", "unix", "vsock"})
+
+SETTINGS = (
+    # Where to listen.
+    Setting(
+        "address",
+        ("-i", "--ipaddr", "--ip-addr"),
+        "Listen on this address or name; 'any' is every interface.  [default: localhost]",
+        metavar="ADDR",
+    ),
+    Setting("port", ("-p", "--port"), "TCP (or vsock) port, 0 for any free one.  [default: 10809]", metavar="PORT"),
+    Setting("address_family", ("-4", "--ipv4-only"), "IPv4 only.", value=AddressFamily.INET),
+    Setting("address_family", ("-6", "--ipv6-only"), "IPv6 only.", value=AddressFamily.INET6),
+    Setting(
+        "unix",
+        ("-U", "--unix"),
+        "Listen on a Unix socket; - makes a private one.",
+        metavar="SOCKET",
+        parse=_unix_path,
+    ),
+    Setting("vsock", ("--vsock",), "Listen on AF_VSOCK."),
+    Setting("single", ("-s", "--single", "--stdin"), "Serve one client, on standard input and output."),
+    Setting(
+        "print_uri",
+        ("--print-uri", "--print-url", "--show-uri", "--show-url"),
+        "Print the URI on standard output.",
+        key="print-uri",
+    ),
+    # The protocol.
+    Setting("readonly", ("-r", "--read-only", "--readonly"), "Refuse all writes.", key="read-only"),
+    Setting(
+        "export_name",
+        ("-e", "--export", "--export-name", "--exportname"),
+        "Export name for the URI and for --run.",
+        metavar="NAME",
+        key="export",
+    ),
+    Setting(
+        "oldstyle",
+        ("-n", "--newstyle", "--new-style"),
+        "Newstyle protocol (the default).",
+        value=False,
+        key="newstyle",
+    ),
+    Setting("oldstyle", ("-o", "--oldstyle", "--old-style"), "Oldstyle protocol.", key="oldstyle"),
+    Setting(
+        "handshake_flags",
+        ("--mask-handshake",),
+        "Handshake flags to offer at most.",
+        metavar="MASK",
+        parse=_handshake_flags,
+        key="mask-handshake",
+        kinds=(int,),
+    ),
+    Setting(
+        "structured_replies",
+        ("--no-sr", "--no-structured-replies"),
+        "Refuse structured replies.",
+        value=False,
+        key="no-structured-replies",
+    ),
+    Setting(
+        "meta_contexts",
+        ("--no-mc", "--no-meta-contexts"),
+        "Refuse meta contexts.",
+        value=False,
+        key="no-meta-contexts",
+    ),
+    # The service.
+    Setting(
+        "foreground",
+        ("-f", "--foreground", "--no-fork"),
+        "Stay in the foreground, as --run, -s, --exit-with-parent and socket activation do too.",
+        key="foreground",
+    ),
+    Setting(
+        "threads",
+        ("-t", "--threads"),
+        "Requests of one connection that are served at once.  [default: 16]",
+        metavar="N",
+        parse=_threads,
+        key="threads",
+        kinds=(int,),
+    ),
+    Setting(
+        "handshake_timeout",
+        ("--timeout", "--time-out"),
+        "Time for a client's handshake, 0 for no limit.  [default: 10s]",
+        metavar="TIME",
+        parse=parse_delay,
+        key="timeout",
+        kinds=_TIME,
+    ),
+    Setting(
+        "idle_timeout",
+        ("--idle-timeout",),
+        "Time after which a client that asks for nothing is disconnected, 0 for never.  [default: 0]",
+        metavar="TIME",
+        parse=parse_delay,
+        key="idle-timeout",
+        kinds=_TIME,
+    ),
+    Setting(
+        "drain",
+        ("--drain",),
+        "Time for clients to take their replies at the end.  [default: 5s]",
+        metavar="TIME",
+        parse=parse_delay,
+        key="drain",
+        kinds=_TIME,
+    ),
+    Setting(
+        "keepalive",
+        ("--keepalive", "--keep-alive"),
+        "Have the system find out about TCP clients that have vanished.",
+        key="keepalive",
+    ),
+    Setting(
+        "run",
+        ("--run",),
+        "Serve only while this shell command runs; it finds $uri set. Implies -U - unless an address is given.",
+        metavar="COMMAND",
+    ),
+    Setting("user", ("-u", "--user"), "User to become, once everything is open.", metavar="USER", key="user"),
+    Setting("group", ("-g", "--group"), "Group to become, likewise.", metavar="GROUP", key="group"),
+    Setting("swap", ("--swap",), "Lock all memory, so that it can serve swap space to this machine.", key="swap"),
+    Setting(
+        "selinux_label",
+        ("--selinux-label",),
+        "SELinux label of the sockets that it listens on.",
+        metavar="LABEL",
+        key="selinux-label",
+    ),
+    Setting(
+        "pidfile",
+        ("-P", "--pidfile", "--pid-file"),
+        "File for the process number, once clients can connect.",
+        metavar="FILE",
+        parse=parse_path,
+        key="pidfile",
+    ),
+    Setting(
+        "exit_with_parent",
+        ("--exit-with-parent",),
+        "End when the parent process does.",
+        key="exit-with-parent",
+    ),
+    # Messages.
+    Setting("name", ("--name",), "Name of this server, for its messages.", metavar="NAME", key="name"),
+    Setting(
+        "log",
+        ("--log",),
+        "Where errors go: stderr, syslog, null or an absolute path.",
+        metavar="SINK",
+        parse=log.check_sink,
+        key="log",
+    ),
+    Setting(
+        "log_format",
+        ("--log-format",),
+        "How messages are written: text or json.",
+        metavar="FORMAT",
+        parse=choice(*log.FORMATS),
+        key="log-format",
+    ),
+    Setting("verbose", ("-v", "--verbose"), "Debug messages on standard error.", key="verbose"),
+    Setting(
+        "debug",
+        ("-D", "--debug"),
+        "Set a debug flag of a plugin, a filter or the server (nbdkitpy).",
+        metavar="NAME.FLAG=N",
+        parse=parse_debug_flag,
+        key="debug",
+        kinds=(list,),
+        many=True,
+    ),
+)
+
+
+def server_config(
+    values: Mapping[str, Any],
+    plugin: str,
+    *,
+    filters: Sequence[str] = (),
+    parameters: tuple[Assignment, ...] = (),
+    tables: Sequence[UnitTable] = (),
+    listen: Sequence[Endpoint] = (),
+    fds: Sequence[int] = (),
+    file: Document | None = None,
+) -> ServerConfig:
+    """Make the whole configuration.
+
+    Args:
+        values: Parsed settings by name, as far as they are given.
+        plugin: Its name.
+        filters: Their names, outermost first.
+        parameters: Of the command line.
+        tables: Of the file, as in :class:`ServerConfig`.
+        listen: What the file has us listen on.
+        fds: Sockets from a service manager. Nothing else is listened on.
+        file: What was read.
+    """
+    own_terminal = any(values.get(name) for name in ("foreground", "run", "single", "exit_with_parent"))
+    return ServerConfig(
+        plugin,
+        filters=tuple(filters),
+        parameters=parameters,
+        tables=tuple(tables),
+        server=ServerOptions(endpoints=endpoints(values, listen, fds), **_of(ServerOptions, values)),
+        background=not (own_terminal or fds),
+        file=file,
+        **_of(ServerConfig, values),
+    )
+
+
+def _of(cls: type[ServerConfig] | type[ServerOptions], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the values that are fields of `cls`."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def endpoints(
+    values: Mapping[str, Any], listen: Sequence[Endpoint] = (), fds: Sequence[int] = ()
+) -> tuple[Endpoint, ...]:
+    """Return what is to be listened on; arguments as those of :func:`server_config`.
+
+    A place that the command line chooses stands for all of the file's; ``-4`` and ``-6`` choose none. Sockets of a
+    service manager, and ``-s``, stand for all others.
+    """
+    if fds:
+        return tuple(Endpoint(fd=fd) for fd in fds)
+    if values.get("single"):
+        return ()
+    family = values.get("address_family", AddressFamily.ANY)
+    if listen and not {"address", "port", "unix", "vsock"} & values.keys():
+        return tuple(_restricted(endpoint, family) for endpoint in listen)
+    port = {"port": values["port"]} if "port" in values else {}
+    if "vsock" in values:
+        return (Endpoint(Transport.VSOCK, **port),)
+    address = values.get("address")
+    if "unix" in values or ("run" in values and not port and address is None):
+        path = values.get("unix", "-")
+        return (Endpoint(Transport.UNIX, unix_path=None if path == "-" else path),)
+    return (Endpoint(Transport.TCP, address, family, **port),)
+
+
+def _restricted(endpoint: Endpoint, family: AddressFamily) -> Endpoint:
+    if family is AddressFamily.ANY or endpoint.transport is not Transport.TCP:
+        return endpoint
+    return dataclasses.replace(endpoint, address_family=family)
+
+
+def value_in(config: ServerConfig, setting: Setting) -> object:
+    """Return the value that `setting` has in `config`; None if none. For settings of the file's table [server]."""
+    if setting.name == "foreground":
+        return not config.background
+    holder = config if hasattr(config, setting.name) else config.server
+    value: object = getattr(holder, setting.name)
+    return value
