@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nbdkitpy import Client, Filter, Handle, Plugin, ThreadModel
-from nbdkitpy.server.options import ServerOptions, Transport
+from nbdkitpy.server.options import Endpoint, ServerOptions, Transport
 from nbdkitpy.server.service import Server
 from nbdkitpy.server.session import Session
+from nbdkitpy.server.transport import SocketTransport, describe_client
 from nbdkitpy.stack import Stack
 from tests.nbdclient import PATIENCE, NbdClient, Style
 
@@ -72,6 +73,9 @@ class Disks(Plugin):
 
 class NoServer:
     """For stacks that are served without a server."""
+
+    def finish(self) -> None:
+        raise AssertionError("nobody asked for it")
 
     def shutdown(self) -> None:
         raise AssertionError("nobody has to end the server")
@@ -164,8 +168,9 @@ class Solo:
         self.client = NbdClient(theirs)
         self.stack = make_stack(plugin, filters)
         self.established = threading.Event()
+        transport, log = SocketTransport(ours, keepalive=options.keepalive), logging.getLogger("nbdkitpy")
         self.session = Session(
-            ours, 1, self.stack, options, logging.getLogger("nbdkitpy"), lambda _: self.established.set()
+            transport, describe_client(ours, 1), self.stack, options, log, lambda _: self.established.set()
         )
         self.thread = threading.Thread(target=self.session.run, name="test session")
 
@@ -190,7 +195,8 @@ class Solo:
 
 def unix_options(path: str, **changes: Any) -> ServerOptions:
     """Return options of a server on a Unix socket, which does not wait long for anybody at the end."""
-    return ServerOptions(**{"transport": Transport.UNIX, "unix_path": path, "drain": 1.0, **changes})
+    endpoints = (Endpoint(Transport.UNIX, unix_path=path),)
+    return ServerOptions(**{"endpoints": endpoints, "drain": 1.0, **changes})
 
 
 def open_descriptors() -> set[str]:

@@ -326,8 +326,8 @@ def test_cpu_time_includes_threads_and_children_alive_and_dead() -> None:
         spent = cpu_seconds(process.pid)
 
         process.communicate()
-    # Three times 0.05 s were burnt, by each of the three; the clock's ticks are 0.01 s.
-    assert spent >= 3 * 0.05 - 0.03
+    # Three times 0.05 s were burnt, by each of the three; the clock's ticks are 0.01 s, and it may miss parts of them.
+    assert spent >= 2 * 0.05
 
 
 def test_cpu_time_of_a_server_that_ended_is_an_error() -> None:
@@ -403,7 +403,7 @@ def test_server_that_does_not_start_is_an_error_with_what_it_said(tmp_path: Path
 
 def test_failing_client_is_an_error_with_what_the_server_said(tmp_path: Path) -> None:
     address = Address(path=str(tmp_path / "s"))
-    command = [*NBDKITPY, "-v", "-U", address.path, "null", "4096"]
+    command = [*NBDKITPY, "-f", "-v", "-U", address.path, "null", "4096"]
 
     with pytest.raises(BenchmarkError, match=r"(?s)client went wrong\n.*debug"), serving(command, address, 4096):
         raise BenchmarkError("client went wrong")

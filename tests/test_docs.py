@@ -236,6 +236,9 @@ def test_contract_mentions_everything_that_units_may_import() -> None:
 
 
 class NoServer:
+    def finish(self) -> None:
+        raise AssertionError("nobody asked for it")
+
     def shutdown(self) -> None:
         raise AssertionError("nobody asked for this")
 

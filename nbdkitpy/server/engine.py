@@ -16,12 +16,12 @@ from typing import ParamSpec, TypeVar
 
 from nbdkitpy.backend import Buffer, FileRange, Flags
 from nbdkitpy.extents import MAX_EXTENTS, Extent, ExtentType, normalise_extents
-from nbdkitpy.protocol.constants import Command, CommandFlag
+from nbdkitpy.protocol.constants import Command, CommandFlag, NbdError
 from nbdkitpy.protocol.errors import RemoteProtocolError, nbd_error
 from nbdkitpy.protocol.replies import Replies
 from nbdkitpy.protocol.transmission import MAX_PAYLOAD, Request, Transmission
 from nbdkitpy.server.sender import Budget, Sender
-from nbdkitpy.server.transport import Transport
+from nbdkitpy.server.transport import Stream
 from nbdkitpy.server.workers import Pace, Workers
 from nbdkitpy.stack import OpenExport
 
@@ -90,11 +90,12 @@ class Engine:
         lock: Held during each call into the export, if not None.
         log: Where errors go.
         name: Of the connection, for logs and threads.
+        idle_timeout: Seconds without a request after which the client is left; 0 is for ever.
     """
 
     def __init__(
         self,
-        transport: Transport,
+        transport: Stream,
         export: OpenExport,
         transmission: Transmission,
         replies: Replies,
@@ -103,12 +104,14 @@ class Engine:
         lock: threading.Lock | None,
         log: logging.Logger,
         name: str,
+        idle_timeout: float = 0.0,
     ) -> None:
         self._transport = transport
         self._transmission = transmission
         self._replies = replies
         self._log = log
         self._name = name
+        self._idle_timeout = idle_timeout
         self._refusals = 0
 
         # Calls, looked up once.
@@ -152,18 +155,24 @@ class Engine:
         """
         transmission = self._transmission
         receive_into = self._transport.receive_into
-        self._transport.set_patience(_QUIET)
+        patience = min(_QUIET, self._idle_timeout or _QUIET)
+        self._transport.set_patience(patience)
         try:
             for requests in transmission.feed(received):
                 self._serve(requests)
+            waits = 0
             while not transmission.finished:
                 try:
                     count = receive_into(transmission.buffer())
                 except BlockingIOError:
+                    waits += 1
                     self._rest()
+                    if self._is_idle(waits * patience):
+                        break
                     continue
                 if not count:
                     break
+                waits = 0
                 self._serve(transmission.received(count))
         finally:
             self._budget.wait_until_unused()
@@ -179,6 +188,13 @@ class Engine:
         """Refuse what the client still asks for, and end when what it has asked for is done. From any thread."""
         self._transmission.refuse_all()
         self._transport.stop_receiving()
+
+    def _is_idle(self, seconds: float) -> bool:
+        """Whether the client, quiet for so long, is to be left. One whose requests are at work is not quiet."""
+        if not self._idle_timeout or seconds < self._idle_timeout or not self._budget.unused:
+            return False
+        self._log.info("%s: quiet for %g seconds, disconnected", self._name, seconds)
+        return True
 
     def _rest(self) -> None:
         if self._budget.unused:  # else to stop the workers would be to wait for what they are at
@@ -232,6 +248,8 @@ class Engine:
         refusals, self._transmission.refusals = self._transmission.refusals, []
         for refusal in refusals:
             self._batch.append(self._replies.error(*refusal))
+            if refusal.error is NbdError.ESHUTDOWN:
+                continue  # there is nothing wrong with the request
             self._refusals += 1
             if self._refusals <= _REFUSALS_LOGGED:
                 self._log.error("%s: %s", self._name, refusal.message)

@@ -7,9 +7,10 @@ import errno
 import os
 import socket
 import stat
+from collections.abc import Sequence
 
 from nbdkitpy.exceptions import ConfigError
-from nbdkitpy.server.options import AddressFamily, ServerOptions, Transport
+from nbdkitpy.server.options import AddressFamily, Endpoint, Transport
 
 __all__ = ["Listener", "listen"]
 
@@ -33,34 +34,65 @@ _ATTEMPTS = 10
 
 
 class Listener:
-    """One listening socket, and what has to be removed when it is closed."""
+    """One listening socket, and what has to be removed when it is closed.
 
-    def __init__(self, sock: socket.socket, *, unix_path: str | None = None, directory: str | None = None) -> None:
+    Args:
+        sock: Listens already.
+        directory: A private one that was made for the socket, and goes with it.
+        host: By which TCP clients on this machine find it, if not by what follows from its address.
+        is_ours: We made the socket; one that was handed to us leaves its file behind.
+    """
+
+    def __init__(
+        self, sock: socket.socket, *, directory: str | None = None, host: str = "", is_ours: bool = True
+    ) -> None:
         self.socket = sock
-        self.unix_path = unix_path
-        self._directory = directory  # private one that the socket is in
-        self._identity = _identity(unix_path) if unix_path is not None else None
+        self.is_ours = is_ours
+        self._family = sock.family
+        self._name = sock.getsockname()
+        self._directory = directory
+        self._host = host
+        self._identity = _identity(self.unix_path) if self.unix_path is not None and is_ours else None
+
+    @property
+    def transport(self) -> Transport:
+        """The kind of socket."""
+        if self._family == socket.AF_UNIX:
+            return Transport.UNIX
+        return Transport.TCP if self._family in (socket.AF_INET, socket.AF_INET6) else Transport.VSOCK
+
+    @property
+    def unix_path(self) -> str | None:
+        """The path of a Unix socket; one in the abstract namespace begins with "@"."""
+        if self._family != socket.AF_UNIX:
+            return None
+        return os.fsdecode(self._name).replace("\0", "@")
 
     @property
     def port(self) -> int | None:
         """The port of a TCP or vsock listener."""
-        return None if self.unix_path is not None else int(self.socket.getsockname()[1])
+        return None if self._family == socket.AF_UNIX else int(self._name[1])
+
+    @property
+    def host(self) -> str:
+        """A name or address by which a client on this machine finds a TCP listener."""
+        address = str(self._name[0])
+        return self._host or {_EVERYWHERE[0]: "localhost", _EVERYWHERE[1]: _LOOPBACK[1]}.get(address, address)
 
     def __str__(self) -> str:
-        name = self.socket.getsockname()
         if self.unix_path is not None:
             return self.unix_path
-        if self.socket.family == socket.AF_INET6:
-            return f"[{name[0]}]:{name[1]}"
-        return f"{name[0]}:{name[1]}" if self.socket.family == socket.AF_INET else f"vsock port {name[1]}"
+        if self.transport is Transport.VSOCK:
+            return f"vsock port {self.port}"
+        return f"[{self._name[0]}]:{self.port}" if self._family == socket.AF_INET6 else f"{self._name[0]}:{self.port}"
 
     def close(self) -> None:
         """Stop listening, and remove what was made for it, unless somebody has put something else in its place."""
-        # While the socket is open, nothing else can have its number.
-        if self.unix_path is not None and self._identity == _identity(self.unix_path):
-            with contextlib.suppress(OSError):
-                os.unlink(self.unix_path)
+        path = self.unix_path if self._identity is not None else None
         self.socket.close()
+        if path is not None and self._identity == _identity(path):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         if self._directory is not None:
             with contextlib.suppress(OSError):
                 os.rmdir(self._directory)
@@ -74,17 +106,31 @@ def _identity(path: str) -> tuple[int, int] | None:
     return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
 
 
-def listen(options: ServerOptions) -> list[Listener]:
-    """Return sockets that listen where `options` say: for TCP one for each address.
+def listen(endpoints: Sequence[Endpoint]) -> list[Listener]:
+    """Return sockets that listen at all `endpoints`: for TCP one for each address.
 
     Raises:
-        ConfigError: an address cannot be listened on; the text says which and why.
+        ConfigError: one cannot be listened on; the text says which and why. Nothing is left of the others.
     """
-    if options.transport is Transport.UNIX:
-        return [_listen_unix(options.unix_path)]
-    if options.transport is Transport.VSOCK:
-        return [_listen_vsock(options.port)]
-    return _listen_tcp(options)
+    listeners: list[Listener] = []
+    try:
+        for endpoint in endpoints:
+            listeners += _listen(endpoint)
+    except BaseException:
+        for listener in listeners:
+            listener.close()
+        raise
+    return listeners
+
+
+def _listen(endpoint: Endpoint) -> list[Listener]:
+    if endpoint.fd is not None:
+        return [Listener(socket.socket(fileno=endpoint.fd), is_ours=False)]
+    if endpoint.transport is Transport.UNIX:
+        return [_listen_unix(endpoint.unix_path)]
+    if endpoint.transport is Transport.VSOCK:
+        return [_listen_vsock(endpoint.port)]
+    return _listen_tcp(endpoint)
 
 
 def _listen_unix(path: str | None) -> Listener:
@@ -109,7 +155,7 @@ def _listen_unix(path: str | None) -> Listener:
         raise _cannot_listen(path, error) from None
     finally:
         os.umask(umask)
-    return Listener(sock, unix_path=path, directory=directory)
+    return Listener(sock, directory=directory)
 
 
 def _make_private_directory() -> str:
@@ -143,48 +189,54 @@ def _listen_vsock(port: str) -> Listener:
     return Listener(sock)
 
 
-def _listen_tcp(options: ServerOptions) -> list[Listener]:
-    addresses = _tcp_addresses(options)
+def _listen_tcp(endpoint: Endpoint) -> list[Listener]:
+    addresses = _tcp_addresses(endpoint)
     any_port = addresses[0][1][1] == 0
+    # Without an address it is loopback of both kinds, which has a name, unless there is only the kind that has none.
+    host = "localhost" if endpoint.address is None and addresses[0][0] == socket.AF_INET else ""
     for _ in range(_ATTEMPTS - 1 if any_port else 0):
         with contextlib.suppress(ConfigError):  # the port that one address gave us is taken on another
-            return _bind_all(addresses, any_port=True)
-    return _bind_all(addresses, any_port=any_port)
+            return _bind_all(addresses, host, any_port=True)
+    return _bind_all(addresses, host, any_port=any_port)
 
 
-def _tcp_addresses(options: ServerOptions) -> list[tuple[int, tuple[str, int]]]:
+def _tcp_addresses(endpoint: Endpoint) -> list[tuple[int, tuple[str, int]]]:
     """Return families and socket addresses to listen on."""
-    if options.port.isascii() and options.port.isdigit() and (len(options.port) > 5 or int(options.port) > _MAX_PORT):
+    if (
+        endpoint.port.isascii()
+        and endpoint.port.isdigit()
+        and (len(endpoint.port) > 5 or int(endpoint.port) > _MAX_PORT)
+    ):
         raise ConfigError(
-            f'port must be a number from 0 to {_MAX_PORT}, or the name of a service, not "{options.port}"'
+            f'port must be a number from 0 to {_MAX_PORT}, or the name of a service, not "{endpoint.port}"'
         )
-    names = _EVERYWHERE if options.address == "any" else (options.address,) if options.address else _LOOPBACK
-    families = _FAMILIES[options.address_family]
+    names = _EVERYWHERE if endpoint.address == "any" else (endpoint.address,) if endpoint.address else _LOOPBACK
+    families = _FAMILIES[endpoint.address_family]
     found: list[tuple[int, tuple[str, int]]] = []
     for name in names:
         try:
-            answers = socket.getaddrinfo(name, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            answers = socket.getaddrinfo(name, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            raise ConfigError(f'cannot listen on address "{name}", port "{options.port}": {reason}') from None
+            raise ConfigError(f'cannot listen on address "{name}", port "{endpoint.port}": {reason}') from None
         for family, _, _, _, address in answers:
             if family in families and (int(family), address) not in found:
                 found.append((int(family), (str(address[0]), int(address[1]), *address[2:])))
     if not found:
         raise ConfigError(
-            f'"{options.address}" has no address of the kind that {options.address_family.value} asks for'
+            f'"{endpoint.address}" has no address of the kind that {endpoint.address_family.value} asks for'
         )
     return found
 
 
-def _bind_all(addresses: list[tuple[int, tuple[str, int]]], *, any_port: bool) -> list[Listener]:
+def _bind_all(addresses: list[tuple[int, tuple[str, int]]], host: str, *, any_port: bool) -> list[Listener]:
     listeners: list[Listener] = []
     absent: ConfigError | None = None
     for family, address in addresses:
         if any_port and listeners:  # the same one for all
             address = (address[0], listeners[0].port or 0, *address[2:])
         try:
-            listeners.append(_bind(family, address))
+            listeners.append(_bind(family, address, host))
         except OSError as error:
             absent = _cannot_listen(f"{address[0]} port {address[1]}", error)
             if error.errno not in _ABSENT:
@@ -196,7 +248,7 @@ def _bind_all(addresses: list[tuple[int, tuple[str, int]]], *, any_port: bool) -
     return listeners
 
 
-def _bind(family: int, address: tuple[str, int]) -> Listener:
+def _bind(family: int, address: tuple[str, int], host: str) -> Listener:
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -207,7 +259,7 @@ def _bind(family: int, address: tuple[str, int]) -> Listener:
     except BaseException:
         sock.close()
         raise
-    return Listener(sock)
+    return Listener(sock, host=host)
 
 
 def _cannot_listen(where: str, error: Exception) -> ConfigError:

@@ -7,7 +7,7 @@ import enum
 
 from nbdkitpy.protocol.constants import DEFAULT_PORT, HandshakeFlag
 
-__all__ = ["AddressFamily", "ServerOptions", "Transport"]
+__all__ = ["AddressFamily", "Endpoint", "ServerOptions", "Transport"]
 
 
 class Transport(enum.Enum):
@@ -27,14 +27,22 @@ class AddressFamily(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class ServerOptions:
-    """Settings of the server itself; those of the plugin and the filters are theirs."""
+class Endpoint:
+    """One thing to listen on. TCP may stand for several sockets, one for each address."""
 
     transport: Transport = Transport.TCP
     address: str | None = None  #: TCP: name or address to listen on; None is loopback, "any" is every interface
     address_family: AddressFamily = AddressFamily.ANY
     port: str = str(DEFAULT_PORT)  #: TCP: number or service name, 0 for any free one; vsock: 32-bit number
     unix_path: str | None = None  #: absolute path of the Unix socket; None makes one in a private directory
+    fd: int | None = None  #: a socket that listens already, handed to us by a service manager
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerOptions:
+    """Settings of the server itself; those of the plugin and the filters are theirs."""
+
+    endpoints: tuple[Endpoint, ...] = (Endpoint(),)  #: what to listen on, all at once
     export_name: str = ""  #: only for the URI
     readonly: bool = False
     threads: int = 16  #: the most workers that one connection has
@@ -45,4 +53,6 @@ class ServerOptions:
     pidfile: str | None = None
     drain: float = 5.0  #: seconds that clients have to take their replies when the server ends
     handshake_timeout: float = 10.0  #: seconds that a client has for the whole handshake; 0 is for ever
+    idle_timeout: float = 0.0  #: seconds without a request after which a client is disconnected; 0 is for ever
+    keepalive: bool = False  #: have the system find out whether TCP clients are still there
     max_handshakes: int = 1000  #: so many unfinished handshakes are kept; past that the oldest is closed

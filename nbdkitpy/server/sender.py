@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from nbdkitpy.backend import Buffer, FileRange
-from nbdkitpy.server.transport import Transport
+from nbdkitpy.server.transport import Stream
 
 __all__ = ["Budget", "Sender"]
 
@@ -49,7 +49,7 @@ class Sender:
     Workers leave their replies in a queue. Whoever holds the lock sends all that is queued, in one gather write.
     """
 
-    def __init__(self, transport: Transport, budget: Budget) -> None:
+    def __init__(self, transport: Stream, budget: Budget) -> None:
         self._transport = transport
         self._budget = budget
         self._lock = threading.Lock()

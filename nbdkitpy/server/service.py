@@ -11,12 +11,19 @@ import socket
 import threading
 import time
 import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from nbdkitpy.server.listener import Listener, listen
-from nbdkitpy.server.options import ServerOptions
+from nbdkitpy.server.options import ServerOptions, Transport
 from nbdkitpy.server.session import Session
+from nbdkitpy.server.transport import SocketTransport, describe_client
 from nbdkitpy.server.uri import make_uri
 from nbdkitpy.stack import Stack
+
+if TYPE_CHECKING:
+    from nbdkitpy.server.notify import Notifier
 
 __all__ = ["Server"]
 
@@ -48,9 +55,16 @@ class Server:
         self._ended = threading.Condition(self._lock)  # a session has
         self._complained = 0.0
 
+        #: The service manager's, if there is one: told how many clients there are, and that we do not hang.
+        self.notifier: Notifier | None = None
+        self._told_clients = -1
+        self._next_alive = 0.0
+
         # What signal handlers and other threads set, and the pipe that wakes the main loop up to look at it.
+        self._finishing = False
         self._stopping = False
         self._aborting = False
+        self._calls: deque[Callable[[], object]] = deque()
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         for fd in (self._wake_read, self._wake_write):
             weakref.finalize(self, os.close, fd)  # not in close(), after which a signal may still come
@@ -63,7 +77,7 @@ class Server:
         Raises:
             ConfigError: that is not possible; the text says where and why.
         """
-        self._listeners = listen(self.options)
+        self._listeners = listen(self.options.endpoints)
         for listener in self._listeners:
             listener.socket.setblocking(False)
 
@@ -74,21 +88,28 @@ class Server:
 
     @property
     def port(self) -> int | None:
-        """The TCP or vsock port."""
+        """The TCP or vsock port of the first listener."""
         return self._listeners[0].port
 
     @property
     def unix_path(self) -> str | None:
-        """The path of the Unix socket."""
+        """The path of the Unix socket, if the first listener is one."""
         return self._listeners[0].unix_path
 
     @property
     def uri(self) -> str:
-        """The NBD URI by which a client on this machine finds the server."""
-        name = self.options.address
-        host = "localhost" if name in (None, "any") else str(self._listeners[0].socket.getsockname()[0])
-        transport, export_name = self.options.transport, self.options.export_name
-        return make_uri(transport, export_name, port=self.port, unix_path=self.unix_path, host=host)
+        """The NBD URI by which a client on this machine finds the server, or "" if somebody else chose the place."""
+        first = self._listeners[0]
+        if not first.is_ours:
+            return ""
+        name, path = self.options.export_name, first.unix_path
+        host = first.host if first.transport is Transport.TCP else ""
+        return make_uri(first.transport, name, port=first.port, unix_path=path, host=host)
+
+    @property
+    def wakeup_fd(self) -> int:
+        """A descriptor that wakes the main loop up when something is written to it, for signal.set_wakeup_fd."""
+        return self._wake_write
 
     def close(self) -> None:
         """Stop listening, and remove the sockets that were made."""
@@ -97,6 +118,11 @@ class Server:
         self._listeners = []
 
     # --- from any thread, and from signal handlers ---
+
+    def finish(self) -> None:
+        """Accept no more clients, and end when the last of those that are connected has left."""
+        self._finishing = True
+        self._wake()
 
     def shutdown(self) -> None:
         """Begin an orderly shutdown: no new clients, and those that are connected may take their replies."""
@@ -107,6 +133,11 @@ class Server:
         """End at once: all connections break."""
         self._aborting = True
         self.shutdown()
+
+    def call_soon(self, function: Callable[[], object]) -> None:
+        """Have the thread that accepts clients call `function`."""
+        self._calls.append(function)
+        self._wake()
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):
@@ -120,25 +151,31 @@ class Server:
         Returns whether every session ended; one may be held up by a backend that does not return.
         """
         try:
-            while not self._stopping:
-                self._wait_and_accept(stack)
+            self._loop(stack, lambda: self._finishing)
         finally:
             self.close()
-        self._log.debug("shutting down")
+        self._log.debug("accepting no more clients")
+        if self.notifier is not None:
+            self.notifier.stopping()
+        self._loop(stack, lambda: not self._sessions)
         return self._end_sessions()
 
-    def _wait_and_accept(self, stack: Stack) -> None:
-        poll = select.poll()
-        poll.register(self._wake_read, select.POLLIN)
+    def _loop(self, stack: Stack, is_over: Callable[[], bool]) -> None:
+        """Accept clients and do what is due, until `is_over` or the shutdown begins."""
         by_fd = {listener.socket.fileno(): listener.socket for listener in self._listeners}
-        for fd in by_fd:
+        poll = select.poll()
+        for fd in (self._wake_read, *by_fd):
             poll.register(fd, select.POLLIN)
-        while not self._stopping:
+        self._report()
+        while not (self._stopping or is_over()):
             for fd, _ in poll.poll(self._until_next_deadline()):
                 if fd in by_fd and not self._accept(by_fd[fd], stack):
                     self._take_a_breather()
             self._end_late_handshakes()
             self._drain_wakeups()
+            while self._calls:
+                self._calls.popleft()()
+            self._report()
 
     def _accept(self, listening: socket.socket, stack: Stack) -> bool:
         """Accept one client; False if the system has no room for it now."""
@@ -151,12 +188,15 @@ class Server:
             return False
         self._clients += 1
         try:
-            session = Session(sock, self._clients, stack, self.options, self._log, self._established)
+            transport, client = (
+                SocketTransport(sock, keepalive=self.options.keepalive),
+                describe_client(sock, self._clients),
+            )
         except OSError as error:  # gone before it could be looked at
             self._log.info("connection %d: %s", self._clients, error)
             sock.close()
             return True
-        return self._start(session, sock)
+        return self._start(Session(transport, client, stack, self.options, self._log, self._established), sock)
 
     def _start(self, session: Session, sock: socket.socket) -> bool:
         thread = threading.Thread(target=self._run, args=(session,), name=session.name, daemon=True)
@@ -189,6 +229,7 @@ class Server:
             self._handshakes.pop(session, None)
             self._sessions.pop(session, None)
             self._ended.notify_all()
+        self._wake()  # to report it, or to end
 
     def _established(self, session: Session) -> None:
         with self._lock:
@@ -197,13 +238,29 @@ class Server:
     # --- deadlines ---
 
     def _until_next_deadline(self) -> float | None:
-        """Milliseconds until the oldest handshake has to end; None if nothing has to."""
+        """Milliseconds until there is something to do without anybody asking for it; None if there is nothing."""
         with self._lock:
             deadline = next(iter(self._handshakes.values()), float("inf"))
-        # A little late rather than a little early, which would mean to come back at once.
+        if self.notifier is not None and self.notifier.watchdog_interval is not None:
+            deadline = min(deadline, self._next_alive)
         if deadline == float("inf"):
             return None
+        # A little late rather than a little early, which would mean to come back at once.
         return max(0.0, min(deadline - time.monotonic(), _LONGEST_WAIT) * 1000 + 1)
+
+    def _report(self) -> None:
+        """Tell the service manager what it wants to know, when there is something new."""
+        notifier = self.notifier
+        if notifier is None:
+            return
+        clients = len(self._sessions)
+        if clients != self._told_clients:
+            self._told_clients = clients
+            notifier.status("1 client is connected" if clients == 1 else f"{clients} clients are connected")
+        now = time.monotonic()
+        if notifier.watchdog_interval is not None and now >= self._next_alive:
+            self._next_alive = now + notifier.watchdog_interval
+            notifier.alive()
 
     def _end_late_handshakes(self) -> None:
         now = time.monotonic()
@@ -263,3 +320,4 @@ class Server:
             while self._sessions and not self._aborting and time.monotonic() < deadline:
                 # In short steps, since a signal handler may not take the lock to notify us.
                 self._ended.wait(min(0.05, max(0.0, deadline - time.monotonic())))
+                self._report()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import socket
 from collections.abc import Callable
 
-from nbdkitpy.backend import Support, ThreadModel
+from nbdkitpy.backend import Client, Support, ThreadModel
 from nbdkitpy.protocol.constants import BASE_ALLOCATION, Option, OptionReply, TransmissionFlag
 from nbdkitpy.protocol.errors import RemoteProtocolError, printable
 from nbdkitpy.protocol.handshake import (
@@ -24,7 +23,7 @@ from nbdkitpy.protocol.replies import ExtendedReplies, Replies, SimpleReplies, S
 from nbdkitpy.protocol.transmission import MAX_PAYLOAD, Transmission
 from nbdkitpy.server.engine import Engine, describe, reason
 from nbdkitpy.server.options import ServerOptions
-from nbdkitpy.server.transport import Transport, describe_client
+from nbdkitpy.server.transport import Stream
 from nbdkitpy.stack import Capabilities, Stack
 from nbdkitpy.stack import OpenExport as Opened
 
@@ -40,23 +39,23 @@ class Session:
     """Serves one client. :meth:`run` is the whole life of a connection, in a thread of its own.
 
     Args:
-        sock: The connection; the session owns it.
-        number: Of the connection, counted from 1.
+        transport: The connection; the session owns it.
+        client: Who is at its other end.
         established: Called when the handshake is over.
     """
 
     def __init__(
         self,
-        sock: socket.socket,
-        number: int,
+        transport: Stream,
+        client: Client,
         stack: Stack,
         options: ServerOptions,
         log: logging.Logger,
         established: Callable[[Session], None],
     ) -> None:
-        self.name = f"{stack.plugin.name}[{number}]"
-        self._transport = Transport(sock)
-        self._client = describe_client(sock, number)
+        self.name = f"{stack.plugin.name}[{client.number}]"
+        self._transport = transport
+        self._client = client
         self._stack = stack
         self._options = options
         self._log = log
@@ -225,6 +224,7 @@ class Session:
             lock=self._stack.request_lock,
             log=self._log,
             name=self.name,
+            idle_timeout=self._options.idle_timeout,
         )
         if self._stopping:
             self._engine.stop()

@@ -8,11 +8,12 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from nbdkitpy.backend import Buffer, Client, Family
 
-__all__ = ["Transport", "describe_client"]
+__all__ = ["SocketTransport", "Stream", "describe_client"]
 
 #: The kernel takes at most so many pieces in one call (IOV_MAX on Linux).
 _MOST_PIECES = 1024
@@ -26,6 +27,7 @@ _CONNECTION_ERRORS = frozenset(
 _MOST_UNREAD = 16 << 20
 _UNREAD_PIECE = 64 << 10
 
+_MAPPED = "::ffff:"  # before an IPv4 address, in dotted notation
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _SO_PEERSEC = 31  # Python does not name it
 _FAMILIES = {
@@ -36,15 +38,30 @@ _FAMILIES = {
 }
 
 
-class Transport:
+class Stream(Protocol):
+    """What an engine and its sender need of a connection; :class:`SocketTransport` says what each member does."""
+
+    @property
+    def receive_into(self) -> Callable[[memoryview], int]: ...
+    def set_patience(self, seconds: float) -> None: ...
+    def send(self, pieces: Sequence[Buffer], *, more: bool = False) -> None: ...
+    def send_file(self, fd: int, position: int, count: int) -> int: ...
+    def stop_receiving(self) -> None: ...
+    def abort(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class SocketTransport:
     """Sends and receives on `sock`, which it owns. One thread receives; who sends holds the lock of the sender."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, keepalive: bool = False) -> None:
         self._socket = sock
         self._ending = threading.Lock()  # so that no other thread ends what has got our descriptor's number next
         sock.setblocking(True)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if keepalive:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         #: Fill a buffer with what has arrived; 0 at the end. Raises BlockingIOError after :meth:`set_patience`.
         self.receive_into = sock.recv_into
 
@@ -133,7 +150,10 @@ def describe_client(sock: socket.socket, number: int) -> Client:
         return Client(number, family, cid=name[0], port=name[1], security_label=label)
     if family is Family.UNKNOWN:
         return Client(number, family)
-    return Client(number, family, address=name[0].partition("%")[0], port=name[1], security_label=label)
+    address = name[0].partition("%")[0]
+    if family is Family.INET6 and address.startswith(_MAPPED):  # an IPv4 client of a socket for both
+        family, address = Family.INET, address.removeprefix(_MAPPED)
+    return Client(number, family, address=address, port=name[1], security_label=label)
 
 
 def _security_label(sock: socket.socket) -> str | None:

@@ -104,7 +104,7 @@ class Server:
         self._log = directory / f"stderr-{random.getrandbits(64):x}"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*NBDKITPY, "--print-uri", *map(str, words)],
+                [*NBDKITPY, "-f", "--print-uri", *map(str, words)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

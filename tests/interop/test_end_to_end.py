@@ -271,7 +271,7 @@ def test_the_socket_and_the_pidfile_are_there_while_the_server_is(serve: Servers
     assert not path.exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT], ids=lambda number: number.name)
 def test_other_signals_end_the_server_in_order_too(serve: Servers, number: signal.Signals) -> None:
     server = serve("memory", "1M")
 

@@ -25,6 +25,9 @@ CLIENT = Client(1)
 
 
 class _Control:
+    def finish(self) -> None:
+        raise AssertionError("nobody asked for it")
+
     def shutdown(self) -> None:
         raise AssertionError("the file plugin shuts nothing down")
 

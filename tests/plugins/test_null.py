@@ -17,6 +17,9 @@ HOLE = ExtentType.HOLE | ExtentType.ZERO
 
 
 class NoServer:
+    def finish(self) -> None:
+        raise AssertionError("nobody asked for it")
+
     def shutdown(self) -> None:
         raise AssertionError("nothing here ends the server")
 

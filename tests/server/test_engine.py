@@ -20,7 +20,7 @@ from nbdkitpy.protocol.transmission import Request
 from nbdkitpy.server import engine as module
 from nbdkitpy.server.engine import Engine, checked_data, checked_range, describe
 from nbdkitpy.server.sender import Budget
-from nbdkitpy.server.transport import Transport
+from nbdkitpy.server.transport import SocketTransport
 from tests.conftest import StartServer, StartSession
 from tests.nbdclient import PATIENCE, NbdClient, Reply, Style
 from tests.serving import CONTENT, SIZE, Disk, Disks, Solo
@@ -241,13 +241,13 @@ def test_a_long_batch_is_sent_in_parts(serve: Serve, monkeypatch: pytest.MonkeyP
 
 def note_sends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
-    send = Transport.send
+    send = SocketTransport.send
 
-    def noted(self: Transport, pieces: list[Buffer], *, more: bool = False) -> None:
+    def noted(self: SocketTransport, pieces: list[Buffer], *, more: bool = False) -> None:
         sizes.append(sum(map(len, pieces)))
         send(self, pieces, more=more)
 
-    monkeypatch.setattr(Transport, "send", noted)
+    monkeypatch.setattr(SocketTransport, "send", noted)
     return sizes
 
 

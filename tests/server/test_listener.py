@@ -16,12 +16,12 @@ import pytest
 from nbdkitpy import ConfigError
 from nbdkitpy.server import listener as module
 from nbdkitpy.server.listener import Listener, listen
-from nbdkitpy.server.options import AddressFamily, ServerOptions, Transport
+from nbdkitpy.server.options import AddressFamily, Endpoint, Transport
 
 
 @contextlib.contextmanager
 def listening(**options: Any) -> Iterator[list[Listener]]:
-    listeners = listen(ServerOptions(**options))
+    listeners = listen([Endpoint(**options)])
     try:
         yield listeners
     finally:
@@ -111,11 +111,11 @@ def test_any_port_is_tried_again_when_it_is_free_on_one_address_only(monkeypatch
     tries: list[tuple[int, int]] = []
     bind = module._bind
 
-    def busy_at_first(family: int, address: tuple[str, int]) -> Listener:
+    def busy_at_first(family: int, address: tuple[str, int], host: str) -> Listener:
         tries.append((family, address[1]))
         if family == socket.AF_INET6 and len(tries) <= 4:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
-        return bind(family, address)
+        return bind(family, address, host)
 
     monkeypatch.setattr(module, "_bind", busy_at_first)
 
@@ -125,7 +125,7 @@ def test_any_port_is_tried_again_when_it_is_free_on_one_address_only(monkeypatch
 
 
 def test_it_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    def busy(family: int, address: tuple[str, int]) -> Listener:
+    def busy(family: int, address: tuple[str, int], host: str) -> Listener:
         tries.append(address)
         raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
@@ -140,10 +140,10 @@ def test_it_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_kind_of_address_that_the_machine_lacks_is_left_out(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     bind = module._bind
 
-    def without_inet6(family: int, address: tuple[str, int]) -> Listener:
+    def without_inet6(family: int, address: tuple[str, int], host: str) -> Listener:
         if family == socket.AF_INET6:
             raise OSError(number, os.strerror(number))
-        return bind(family, address)
+        return bind(family, address, host)
 
     monkeypatch.setattr(module, "_bind", without_inet6)
 
@@ -351,3 +351,71 @@ def test_without_vsock_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     text = refusal(transport=Transport.VSOCK, port="1")
 
     assert text == "cannot listen on vsock: Address family not supported by protocol"
+
+
+# --- several at once, and those that were handed to us ---
+
+
+def test_several_endpoints_are_listened_on_at_once(tmp_path: Path) -> None:
+    endpoints = [Endpoint(port="0"), Endpoint(Transport.UNIX, unix_path=f"{tmp_path}/socket")]
+
+    listeners = listen(endpoints)
+
+    assert [listener.transport for listener in listeners] == [Transport.TCP, Transport.TCP, Transport.UNIX]
+    for listener in listeners:
+        connect(listener)
+        listener.close()
+
+
+def test_if_one_endpoint_fails_nothing_is_left_of_the_others(tmp_path: Path) -> None:
+    path = f"{tmp_path}/socket"
+    endpoints = [Endpoint(Transport.UNIX, unix_path=path), Endpoint(Transport.UNIX, unix_path=f"{path}/no/such")]
+
+    with pytest.raises(ConfigError):
+        listen(endpoints)
+
+    assert not os.path.exists(path)
+
+
+def test_a_socket_that_was_handed_to_us_is_described_and_left_behind(tmp_path: Path) -> None:
+    path = f"{tmp_path}/socket"
+    with socket.socket(socket.AF_UNIX) as theirs:
+        theirs.bind(path)
+        theirs.listen()
+
+        (listener,) = listen([Endpoint(fd=os.dup(theirs.fileno()))])
+
+        assert (str(listener), listener.is_ours, listener.port) == (path, False, None)
+        connect(listener)
+        listener.close()
+    assert os.path.exists(path)
+
+
+def test_an_abstract_name_is_shown_as_it_is_written() -> None:
+    with socket.socket(socket.AF_UNIX) as theirs:
+        name = f"nbdkitpy-test-{os.getpid()}"
+        theirs.bind(f"\0{name}")
+        theirs.listen()
+
+        (listener,) = listen([Endpoint(fd=os.dup(theirs.fileno()))])
+
+        assert str(listener) == f"@{name}"
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "host"),
+    [
+        (Endpoint(port="0"), "localhost"),
+        (Endpoint(port="0", address_family=AddressFamily.INET6), "::1"),
+        (Endpoint(port="0", address="any"), "localhost"),
+        (Endpoint(port="0", address="any", address_family=AddressFamily.INET6), "::1"),
+        (Endpoint(port="0", address="127.0.0.1"), "127.0.0.1"),
+    ],
+)
+def test_clients_on_this_machine_find_it_by_a_name_that_leads_there(endpoint: Endpoint, host: str) -> None:
+    listeners = listen([endpoint])
+
+    assert listeners[0].host == host
+    for listener in listeners:
+        listener.close()

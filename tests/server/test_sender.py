@@ -12,11 +12,11 @@ import pytest
 
 from nbdkitpy.backend import Buffer, FileRange
 from nbdkitpy.server.sender import Budget, Sender
-from nbdkitpy.server.transport import Transport
+from nbdkitpy.server.transport import SocketTransport
 from tests.nbdclient import PATIENCE, NbdClient
 
 
-class Recorder(Transport):
+class Recorder(SocketTransport):
     """Notes each gather write. A closed gate holds it up; a failure breaks it."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -127,7 +127,7 @@ def test_a_worker_does_not_wait_for_a_client_that_another_one_waits_for(recorder
 
 def test_messages_of_many_threads_stay_whole() -> None:
     ours, theirs = socket.socketpair()
-    transport, client = Transport(ours), NbdClient(theirs)
+    transport, client = SocketTransport(ours), NbdClient(theirs)
     budget = spent(Budget(1 << 20), 400)
     sender = Sender(transport, budget)
     start = threading.Barrier(4)
@@ -178,7 +178,7 @@ def file(tmp_path: Path) -> Iterator[FileRange]:
 @pytest.fixture
 def pair() -> Iterator[tuple[Sender, NbdClient]]:
     ours, theirs = socket.socketpair()
-    transport = Transport(ours)
+    transport = SocketTransport(ours)
     yield Sender(transport, Budget(100)), NbdClient(theirs)
     transport.close()
     theirs.close()

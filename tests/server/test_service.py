@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import gc
 import os
+import queue
 import random
 import socket
 import subprocess
@@ -20,10 +23,9 @@ import pytest
 from nbdkitpy import Buffer, Client, ThreadModel
 from nbdkitpy.protocol.constants import Command, NbdError, Option
 from nbdkitpy.server import service as module
-from nbdkitpy.server.options import ServerOptions, Transport
+from nbdkitpy.server.options import Endpoint, ServerOptions, Transport
 from nbdkitpy.server.service import Server
-from nbdkitpy.server.transport import Transport as Wire
-from nbdkitpy.server.transport import describe_client
+from nbdkitpy.server.transport import SocketTransport, describe_client
 from tests.conftest import StartServer
 from tests.nbdclient import PATIENCE, NbdClient, Style
 from tests.serving import CONTENT, SIZE, Disk, Disks, Running, open_descriptors
@@ -59,8 +61,8 @@ def pass_time(clock: Clock, server: Running, seconds: float) -> None:
 # --- where it listens ---
 
 
-def bound(**options: Any) -> Server:
-    server = Server(ServerOptions(**options))
+def bound(export_name: str = "", **place: Any) -> Server:
+    server = Server(ServerOptions(endpoints=(Endpoint(**place),), export_name=export_name))
     server.bind()
     return server
 
@@ -104,7 +106,7 @@ def test_a_closed_server_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_clients_on_all_addresses_are_served(start_server: StartServer) -> None:
-    server = start_server(transport=Transport.TCP, port="0")
+    server = start_server(endpoints=(Endpoint(port="0"),))
 
     for family, name in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         sock = socket.socket(family)
@@ -135,7 +137,7 @@ def test_a_client_that_was_never_there_is_no_matter(
             raise OSError(errno.EINVAL, "Invalid argument")
         return describe_client(sock, number)
 
-    monkeypatch.setattr("nbdkitpy.server.session.describe_client", gone_at_first)
+    monkeypatch.setattr("nbdkitpy.server.service.describe_client", gone_at_first)
     server.begin()
 
     assert server.dial().at_end()
@@ -319,7 +321,8 @@ def test_clients_that_vanish_in_the_middle_of_it_all_leave_nothing_behind(
     transport: Transport, handle: type[Disk], start_server: StartServer
 ) -> None:
     plugin = Disks(handle)
-    server = start_server(plugin, transport=transport, port="0")
+    place: dict[str, Any] = {} if transport is Transport.UNIX else {"endpoints": (Endpoint(port="0"),)}
+    server = start_server(plugin, **place)
 
     def dial() -> NbdClient:
         if transport is Transport.UNIX:
@@ -363,7 +366,7 @@ def test_a_storm_of_connections_at_random_stages_leaves_nothing_behind(start_ser
             client.send_bytes(whole[: some.randrange(len(whole) + 1)])
             if some.random() < 0.5:
                 client.socket.recv(some.randrange(1, 100))
-        server._clients.clear()
+    server.connect().disconnect()  # accepted after all of them
     server.wait_for_sessions(1)
 
     assert good.read(0, 512) == CONTENT[:512]
@@ -376,16 +379,26 @@ def test_a_storm_of_connections_at_random_stages_leaves_nothing_behind(start_ser
 # --- handshakes ---
 
 
+def is_closed(client: NbdClient) -> None:
+    """Wait until the server has closed the connection, whatever it may send before."""
+    with contextlib.suppress(ConnectionResetError):
+        while client.socket.recv(4096):
+            pass
+
+
+def established(server: Running) -> NbdClient:
+    """Return a client whose handshake is over for the server as well."""
+    client = server.connect()
+    client.read(0, 1)
+    return client
+
+
 def test_a_handshake_has_to_end_in_time(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
     server = start_server(handshake_timeout=0.02)
 
-    assert server.dial().socket.recv(18)
-    assert server.dial().receive_bytes(18)
-    client = server.dial()
-    client.receive_bytes(18)
+    is_closed(server.dial())
 
-    assert client.at_end()
-    assert "disks[3]: handshake not finished in time, closed" in caplog.messages
+    assert "disks[1]: handshake not finished in time, closed" in caplog.messages
 
 
 def test_the_time_is_that_of_the_whole_handshake(start_server: StartServer, clock: Clock) -> None:
@@ -403,7 +416,7 @@ def test_the_time_is_that_of_the_whole_handshake(start_server: StartServer, cloc
 
 def test_a_session_that_is_established_has_no_limit(start_server: StartServer, clock: Clock) -> None:
     server = start_server(handshake_timeout=10.0)
-    client, other = server.connect(), server.dial()
+    client, other = established(server), server.dial()
     other.greet()
 
     pass_time(clock, server, 100.0)
@@ -433,7 +446,7 @@ def test_who_waits_for_a_backend_is_not_late(start_server: StartServer, clock: C
             return ""
 
     server = start_server(One(model=ThreadModel.SERIALIZE_CONNECTIONS), handshake_timeout=10.0)
-    first, second = server.connect(), server.dial()
+    first, second = established(server), server.dial()
     second.greet()
     second.send_option(Option.GO, b"\0" * 6)
     for _ in range(2):
@@ -453,15 +466,14 @@ def test_of_too_many_unfinished_handshakes_the_oldest_is_dropped(
     start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = start_server(max_handshakes=2)
-    established = server.connect()
+    served = established(server)
     oldest, *younger = (server.dial() for _ in range(3))
 
-    oldest.receive_bytes(18)
-    assert oldest.at_end()
+    is_closed(oldest)
     for client in younger:
         assert client.negotiate().read(0, 1) == CONTENT[:1]
 
-    assert established.read(0, 1) == CONTENT[:1]
+    assert served.read(0, 1) == CONTENT[:1]
     assert "too many unfinished handshakes, the oldest is closed: disks[2]" in caplog.messages
 
 
@@ -493,6 +505,14 @@ def full(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> Running:
     return server
 
 
+def be_refused(times: int) -> None:
+    """Wait until the server has tried so often, counted from now."""
+    while Full.refused.acquire(blocking=False):
+        pass
+    for _ in range(times):
+        assert Full.refused.acquire(timeout=PATIENCE)
+
+
 @pytest.mark.parametrize("error", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
 def test_without_descriptors_there_is_a_line_a_second_and_an_attempt_now_and_then(
     error: int, full: Running, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -504,12 +524,9 @@ def test_without_descriptors_there_is_a_line_a_second_and_an_attempt_now_and_the
     line = f"cannot accept a client: {os.strerror(error)}"
 
     for lines in (1, 2):
-        for _ in range(20):
-            assert Full.refused.acquire(timeout=PATIENCE)
+        be_refused(20)
         assert caplog.messages == [line] * lines
         clock.now += 1.0
-        for _ in range(2):  # one may have begun before that
-            assert Full.refused.acquire(timeout=PATIENCE)
     Full.has_room.set()
 
     assert client.negotiate().read(0, 1) == CONTENT[:1]
@@ -697,7 +714,7 @@ def test_replies_that_nobody_takes_are_given_up_after_the_drain_time(
 ) -> None:
     plugin = Disks(handle)
     server = start_server(plugin, drain=0.1)
-    unread_replies(server)
+    unread_replies(server).receive_bytes(16)  # they are under way
 
     begin = time.monotonic()
 
@@ -731,16 +748,16 @@ def test_replies_that_are_taken_in_time_arrive(start_server: StartServer) -> Non
 
 @pytest.mark.parametrize("model", [ThreadModel.PARALLEL, ThreadModel.SERIALIZE_ALL_REQUESTS])
 def test_what_is_in_flight_is_finished_and_what_comes_later_refused(
-    model: ThreadModel, start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+    model: ThreadModel, start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     inside, gate, stopped = threading.Event(), threading.Event(), threading.Event()
-    stop_receiving = Wire.stop_receiving
+    stop_receiving = SocketTransport.stop_receiving
 
-    def noted(self: Wire) -> None:
+    def noted(self: SocketTransport) -> None:
         stop_receiving(self)
         stopped.set()
 
-    monkeypatch.setattr(Wire, "stop_receiving", noted)
+    monkeypatch.setattr(SocketTransport, "stop_receiving", noted)
     written: list[bytes] = []
 
     class Stuck(Disk):
@@ -765,6 +782,7 @@ def test_what_is_in_flight_is_finished_and_what_comes_later_refused(
     assert client.at_end()
     assert written == [b"first"]
     assert server.join()
+    assert not caplog.messages
 
 
 def test_a_second_request_to_end_does_not_wait_for_clients(start_server: StartServer) -> None:
@@ -865,3 +883,220 @@ def test_acknowledged_writes_survive_a_shutdown_under_load(start_server: StartSe
         if block in acknowledged:
             where = block % (SIZE // 512) * 512
             assert int.from_bytes(store[where : where + 512], "big") >= block
+
+
+# --- the service manager, and calls from elsewhere ---
+
+
+class Manager:
+    """What a notifier tells, kept."""
+
+    def __init__(self, watchdog_interval: float | None = None) -> None:
+        self.watchdog_interval = watchdog_interval
+        self.told: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def status(self, text: str) -> None:
+        self.told.put(text)
+
+    def alive(self) -> None:
+        self.told.put("alive")
+
+    def stopping(self) -> None:
+        self.told.put("stopping")
+
+    def next(self) -> str:
+        return self.told.get(timeout=PATIENCE)
+
+
+def managed(server: Running, manager: Manager) -> None:
+    server.server.notifier = manager  # type: ignore[assignment]  # all of it that the server uses
+
+
+def test_the_manager_is_told_how_many_clients_there_are_and_that_the_end_begins(start_server: StartServer) -> None:
+    server, manager = start_server(begin=False), Manager()
+    managed(server, manager)
+    server.begin()
+
+    assert manager.next() == "0 clients are connected"
+    first = server.connect()
+    assert manager.next() == "1 client is connected"
+    second = server.connect()
+    assert manager.next() == "2 clients are connected"
+    first.disconnect()
+    assert manager.next() == "1 client is connected"
+    server.server.shutdown()
+    assert manager.next() == "stopping"
+    second.at_end()
+
+
+def test_the_watchdog_is_fed_in_time_and_not_more_often(clock: Clock, start_server: StartServer) -> None:
+    server, manager = start_server(begin=False), Manager(watchdog_interval=30.0)
+    managed(server, manager)
+    server.begin()
+    assert [manager.next(), manager.next()] == ["0 clients are connected", "alive"]
+
+    pass_time(clock, server, 29.0)
+    seen = threading.Event()
+    server.server.call_soon(seen.set)
+    assert seen.wait(PATIENCE)
+    assert manager.told.empty()
+    pass_time(clock, server, 1.5)
+
+    assert manager.next() == "alive"
+
+
+def test_the_watchdog_wakes_the_main_loop_by_itself(start_server: StartServer) -> None:
+    server, manager = start_server(begin=False), Manager(watchdog_interval=0.001)
+    managed(server, manager)
+    server.begin()
+
+    assert [manager.next() for _ in range(4)] == ["0 clients are connected", "alive", "alive", "alive"]
+
+
+def test_calls_are_made_by_the_thread_that_accepts_in_order(start_server: StartServer) -> None:
+    server = start_server()
+    made: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+
+    def call(number: int) -> None:
+        made.put((number, threading.current_thread().name))
+
+    for number in range(3):
+        server.server.call_soon(functools.partial(call, number))
+
+    assert [made.get(timeout=PATIENCE) for _ in range(3)] == [(number, "test server") for number in range(3)]
+
+
+def test_what_is_written_to_the_wakeup_descriptor_wakes_the_main_loop(start_server: StartServer) -> None:
+    server = start_server()
+    made = threading.Event()
+    server.server._calls.append(made.set)  # as a signal handler would, which runs when the loop wakes up
+
+    os.write(server.server.wakeup_fd, b"\x0f")
+
+    assert made.wait(PATIENCE)
+
+
+# --- quiet clients ---
+
+
+def test_a_quiet_client_is_disconnected_after_the_idle_timeout(start_server: StartServer) -> None:
+    server = start_server(idle_timeout=0.05)
+
+    quiet = server.connect()
+
+    assert quiet.at_end()
+
+
+def test_without_an_idle_timeout_a_quiet_client_stays(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests = threading.Semaphore(0)
+    monkeypatch.setattr("nbdkitpy.server.engine._QUIET", 0.005)
+    monkeypatch.setattr("nbdkitpy.server.engine.Engine._rest", lambda engine: rests.release())
+    server = start_server()
+    quiet = server.connect()
+
+    for _ in range(3):
+        assert rests.acquire(timeout=PATIENCE)
+
+    assert quiet.read(0, 512) == CONTENT[:512]
+    quiet.disconnect()
+
+
+def test_a_client_whose_request_is_at_work_is_not_quiet(start_server: StartServer) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Waiting(Disk):
+        def __init__(self, plugin: Disks) -> None:
+            super().__init__(plugin)
+            self.pread_nowait = lambda count, offset: None
+
+        def pread(self, count: int, offset: int) -> bytes:
+            begun.set()
+            assert go_on.wait(PATIENCE)
+            return super().pread(count, offset)
+
+    server = start_server(Disks(Waiting), idle_timeout=0.05)
+    client = server.connect()
+    client.send(Command.READ, 0, 512)
+    assert begun.wait(PATIENCE)
+    (session,) = server.sessions()
+    engine = session._engine
+    assert engine is not None
+    rested = threading.Semaphore(0)
+    engine._rest = rested.release  # type: ignore[method-assign]
+    for _ in range(3):
+        assert rested.acquire(timeout=PATIENCE)
+
+    go_on.set()
+
+    assert client.reply().data == CONTENT[:512]
+
+
+@pytest.mark.parametrize("keepalive", [False, True])
+def test_keepalive_is_asked_of_the_system(keepalive: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.create_connection(listening.getsockname()):
+        sock, _ = listening.accept()
+
+        SocketTransport(sock, keepalive=keepalive)
+
+        assert bool(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)) == keepalive
+        sock.close()
+
+
+# --- to finish, rather than to shut down ---
+
+
+def test_a_server_that_finishes_takes_no_more_clients_and_serves_those_that_are_there(
+    start_server: StartServer,
+) -> None:
+    server, manager = start_server(begin=False), Manager()
+    managed(server, manager)
+    server.begin()
+    open_client, in_handshake = server.connect(), server.dial()
+    in_handshake.greet()
+
+    server.server.finish()
+
+    while manager.next() != "stopping":
+        pass
+    with socket.socket(socket.AF_UNIX) as late, pytest.raises(OSError):
+        late.connect(server.path)
+    in_handshake.go()
+    assert in_handshake.read(0, 512) == open_client.read(0, 512) == CONTENT[:512]
+    for client in (open_client, in_handshake):
+        client.disconnect()
+    server.join()
+    assert server.result is True
+
+
+def test_a_server_that_finishes_without_clients_ends(start_server: StartServer) -> None:
+    server = start_server()
+
+    server.server.finish()
+
+    server.join()
+    assert server.result is True
+
+
+def test_a_server_that_finishes_can_still_be_shut_down(start_server: StartServer) -> None:
+    server = start_server()
+    idle = server.connect()
+
+    server.server.finish()
+    server.server.shutdown()
+
+    server.join()
+    assert idle.at_end()
+
+
+def test_a_late_handshake_ends_also_while_the_server_finishes(clock: Clock, start_server: StartServer) -> None:
+    server = start_server()
+    silent = server.dial()
+    silent.greet()
+
+    server.server.finish()
+    pass_time(clock, server, 11.0)
+
+    assert silent.at_end()
+    server.join()

@@ -15,18 +15,18 @@ import pytest
 
 from nbdkitpy import Client, Family
 from nbdkitpy.server import transport as module
-from nbdkitpy.server.transport import Transport, describe_client
+from nbdkitpy.server.transport import SocketTransport, describe_client
 from tests.nbdclient import PATIENCE, NbdClient
 from tests.serving import CONTENT
 
-Pair = tuple[Transport, NbdClient]
+Pair = tuple[SocketTransport, NbdClient]
 
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
     """A transport and who is at the other end of it."""
     ours, theirs = socket.socketpair()
-    transport = Transport(ours)
+    transport = SocketTransport(ours)
     with NbdClient(theirs) as client:
         yield transport, client
     transport.close()
@@ -36,7 +36,7 @@ def pair() -> Iterator[Pair]:
 def tcp() -> Iterator[Pair]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         client = NbdClient(socket.create_connection(listening.getsockname()))
-        transport = Transport(listening.accept()[0])
+        transport = SocketTransport(listening.accept()[0])
     with client:
         yield transport, client
     transport.close()
@@ -81,7 +81,7 @@ class Hesitant(socket.socket):
 
 def test_what_the_kernel_did_not_take_is_sent_after_it() -> None:
     ours, theirs = socket.socketpair()
-    transport = Transport(Hesitant(fileno=ours.detach()))
+    transport = SocketTransport(Hesitant(fileno=ours.detach()))
 
     transport.send([b"123", b"4567", b"", memoryview(b"89")])
     transport.close()
@@ -178,7 +178,7 @@ def test_a_time_limit_for_all_sockets_is_not_ours(pair: Pair) -> None:
     ours, theirs = socket.socketpair()
     ours.settimeout(0.001)  # as after socket.setdefaulttimeout() in a plugin
 
-    transport = Transport(ours)
+    transport = SocketTransport(ours)
 
     assert transport._socket.gettimeout() is None
     transport.close()
@@ -257,7 +257,7 @@ def test_who_sends_without_end_is_not_listened_to_for_ever(pair: Pair, monkeypat
     assert len(reads) == 3
 
 
-def count_reads(transport: Transport, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def count_reads(transport: SocketTransport, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     reads: list[int] = []
 
     class Counting(socket.socket):

@@ -108,7 +108,7 @@ def parse_fd(text: str) -> int:
         refused.append("O_WRONLY")
     if refused:
         raise ValueError(f"a descriptor open for reading, or reading and writing (this has {' and '.join(refused)})")
-    return fd
+    return _ours(fd)
 
 
 def parse_dirfd(text: str) -> int:
@@ -120,10 +120,16 @@ def parse_dirfd(text: str) -> int:
     fd = _parse_fd(text)
     if not stat.S_ISDIR(mode := _mode(fd)):
         raise ValueError(f"a descriptor of a directory (this is {_kind(mode)})")
-    return fd
+    return _ours(fd)
 
 
 _parse_fd = integer(3, (1 << 31) - 1)  # 0 to 2 are the standard streams
+
+
+def _ours(fd: int) -> int:
+    """Keep `fd` from children of the server, and from being closed as the caller's when it goes into the background."""
+    os.set_inheritable(fd, False)
+    return fd
 
 
 def _mode(file: str | int) -> int:
