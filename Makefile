@@ -9,7 +9,10 @@ BIN := $(VENV)/bin
 MADE := $(VENV)/made-with-$(subst /,-,$(PYTHON))
 
 # The real clients that the interop tests drive, and what those tests need besides, as Debian calls them.
-CLIENTS := nbdkit nbdkit-plugin-python libnbd-bin python3-libnbd qemu-utils nbd-client fio socat strace gnutls-bin
+CLIENTS := nbdkit nbdkit-plugin-python libnbd-bin python3-libnbd qemu-utils nbd-client fio socat strace gnutls-bin systemd
+
+# What makes and runs the virtual machine of `make test-vm`.
+MACHINE := qemu-system-x86 mmdebstrap genext2fs e2fsprogs
 
 # Coverage, lines and branches, in per cent: of everything, and of the files that are to have all of it.
 COVERED := 95
@@ -20,11 +23,11 @@ apt = { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	&& apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); } \
 	|| { echo "Missing Debian packages. Please type: sudo apt-get install" $(1) >&2; false; }
 
-.PHONY: help run test lint bench clean clients
+.PHONY: help run test test-vm lint docs bench clean clients
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' Makefile | expand -t 16
 
 run: $(VENV)/runs build/demo.img  ## Serve a demo disk, or what ARGS says: make run ARGS="file /path/disk.img"
 	@echo 'To try it, in another terminal: nbdinfo URI, or qemu-img info URI, with the URI below. Ctrl-C ends it.'
@@ -42,8 +45,16 @@ lint: $(VENV)/tests  ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/docs  ## Make the site and the manual pages, in build/html and build/man
+	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees -b html . build/html
+	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees -b man . build/man
+
 bench: $(VENV)/runs clients  ## Compare with nbdkit, side by side
 	$(BIN)/python benchmarks/compare.py
+
+test-vm: $(VENV)/runs  ## Run the tests of vsock, kernel and systemd in a virtual machine; K=WORD selects some
+	@dpkg -s $(MACHINE) >/dev/null 2>&1 || $(call apt,--no-install-recommends $(MACHINE))
+	@$(BIN)/python tests/vm/run.py $(if $(K),-k '$(K)')
 
 clean:  ## Remove what make has made
 	rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
@@ -65,6 +76,10 @@ $(VENV)/runs: $(MADE) pyproject.toml
 
 $(VENV)/tests: $(MADE) pyproject.toml
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[test,lint]'
+	@touch $@
+
+$(VENV)/docs: $(MADE) pyproject.toml
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[docs]'
 	@touch $@
 
 build/demo.img:
