@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from nbdkitpy import ConfigError, log
+from tests.environment import without_coverage
 
 ROOT = logging.getLogger("nbdkitpy")
 UNIT = logging.getLogger("nbdkitpy.memory")
@@ -439,7 +440,8 @@ def test_json_is_not_red_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_text_does_not_pay_for_json() -> None:
     code = "import sys\nfrom nbdkitpy import log\nwith log.setup(): print('json' in sys.modules)"
 
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    env = without_coverage()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
 
     assert done.stdout == "False\n"
 

@@ -19,6 +19,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
+from tests.environment import without_coverage
+
 SCRIPTS = Path(__file__).parent / "scripts"
 NBDKITPY = (sys.executable, "-m", "nbdkitpy")
 
@@ -41,8 +43,7 @@ def missing(reason: str) -> NoReturn:
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return our environment with some variables more, in which coverage is not measured: it takes half of the time."""
-    ours = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE_PROCESS")}
-    return {**ours, **(more or {})}
+    return {**without_coverage(), **(more or {})}
 
 
 class Tool:

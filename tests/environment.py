@@ -1,0 +1,10 @@
+"""What processes that tests start find in their environment."""
+
+from __future__ import annotations
+
+import os
+
+
+def without_coverage() -> dict[str, str]:
+    """Return our environment, but so that a child's modules are its own and not those of the measuring."""
+    return {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE_PROCESS")}
