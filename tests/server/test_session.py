@@ -301,13 +301,13 @@ def test_a_long_list_is_sent_before_the_next_one_is_made(start_session: StartSes
     """A client that asks for many and reads none cannot have them pile up in memory."""
     made: list[int] = []
     received = 0
-    size = 1 << 20
+    size = 4 << 20
 
-    def one_megabyte() -> list[Export]:
+    def four_megabytes() -> list[Export]:
         made.append(received)
         return [Export(f"{number:04}" + "x" * 1020) for number in range(size >> 10)]
 
-    client = start_session(Listing(one_megabyte)).client
+    client = start_session(Listing(four_megabytes)).client
     client.greet()
     with client.batched():
         for _ in range(5):
@@ -316,7 +316,7 @@ def test_a_long_list_is_sent_before_the_next_one_is_made(start_session: StartSes
     for _ in range(5):
         received += sum(len(answer.data) for answer in client.option_answers(Option.LIST))
 
-    # A socket holds some hundred kilobytes; that a list was begun means that the one before it had left us.
+    # A socket holds two megabytes at most; that a list was begun means that the one before it had left us.
     assert all(got >= (number - 1) * size for number, got in enumerate(made)), made
 
 
