@@ -75,7 +75,12 @@ class SocketTransport:
         """Have receiving give up with BlockingIOError after so long, at no cost to each call; 0 is never."""
         whole = int(seconds)
         timeval = struct.pack("@ll", whole, int((seconds - whole) * 1_000_000))
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        # Under the name of another family, as Python takes nothing but numbers for options of vsock.
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=self._socket.fileno())
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        finally:
+            sock.detach()
 
     def send(self, pieces: Sequence[Buffer], *, more: bool = False) -> None:
         """Send all pieces, in order; `more` says that what follows belongs in the same packet."""

@@ -358,3 +358,17 @@ def test_ids_that_the_system_does_not_tell_are_unknown() -> None:
 )
 def test_of_who_cannot_be_known_nothing_is_claimed(fake: Fake) -> None:
     assert describe(fake) == Client(3)
+
+
+def test_patience_can_be_set_on_vsock_too() -> None:
+    """Python takes only numbers for options of such sockets, and this one is a structure."""
+    try:
+        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    except (AttributeError, OSError) as error:
+        pytest.skip(f"this system has no vsock: {error}")
+    transport = SocketTransport(sock)
+
+    transport.set_patience(1.5)
+
+    assert sock.fileno() >= 0
+    transport.close()
