@@ -62,7 +62,7 @@ def _machine() -> Path:
 
 def _wheels(directory: Path) -> Path:
     """Return the directory, with the wheels of nbdkitpy and what it depends on."""
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "-w", directory, REPOSITORY], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-qq", "-w", directory, REPOSITORY], check=True)
     return directory
 
 
