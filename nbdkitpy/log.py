@@ -23,7 +23,7 @@ from typing import NamedTuple, TextIO
 
 from nbdkitpy.exceptions import ConfigError
 
-__all__ = ["FORMATS", "NOTICE", "SINKS", "TERMINAL", "check_sink", "reopen", "setup"]
+__all__ = ["FORMATS", "NOTICE", "SINKS", "TERMINAL", "check_sink", "complain", "is_journal", "reopen", "setup"]
 
 #: Sinks that have a name; any other is the absolute path of a file.
 SINKS = ("stderr", "syslog", "null", "default")
@@ -94,7 +94,7 @@ def setup(
     _one_line("\n")  # has Python load the codec while it can: -u may become a user who cannot read its library
     logger = logging.getLogger(_ROOT)
     before = logger.handlers, logger.level, logger.propagate
-    journal = _is_journal(sys.stderr)
+    journal = is_journal(sys.stderr)
     styles = _Styles(name, format == "json", verbose)
     here = _StderrHandler(sys.stderr, sink in ("stderr", "default"), verbose)
     here.setFormatter(styles.make(journal=journal, red=sys.stderr.isatty()))
@@ -122,7 +122,7 @@ def reopen() -> list[str]:
     return [f"log file {file.path} reopened" for file in files]
 
 
-def _is_journal(stream: TextIO) -> bool:
+def is_journal(stream: TextIO) -> bool:
     """Tell whether `stream` is connected to the journal, which takes priorities at the beginning of lines."""
     try:
         status = os.fstat(stream.fileno())
@@ -130,6 +130,12 @@ def _is_journal(stream: TextIO) -> bool:
         return False
     # The variable alone says nothing: the stream may have been redirected since.
     return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def complain(text: str) -> None:
+    """Write an error on standard error before there is a log, with its priority where that is the journal."""
+    priority = "<3>" if is_journal(sys.stderr) else ""
+    print(f"{priority}nbdkitpy: error: {_one_line(text)}", file=sys.stderr, flush=True)
 
 
 # --- handlers ---

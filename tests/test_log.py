@@ -496,3 +496,36 @@ def test_sinks(sink: str) -> None:
 def test_what_is_no_sink_is_refused(sink: str) -> None:
     with pytest.raises(ValueError, match="one of stderr, syslog, null, default or an absolute path"):
         log.check_sink(sink)
+
+
+# --- before there is a log ---
+
+
+@pytest.mark.parametrize(("journal", "prefix"), [(False, ""), (True, "<3>")])
+def test_complaint_is_one_line_with_a_priority_for_the_journal_only(
+    journal: bool, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "stderr"
+    with path.open("w") as stream:
+        status = os.fstat(stream.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{status.st_dev}:{status.st_ino}" if journal else "1:1")
+        monkeypatch.setattr("sys.stderr", stream)
+
+        log.complain("wrong\n<0>forged")
+
+    assert path.read_text() == f"{prefix}nbdkitpy: error: wrong\\n<0>forged\n"
+
+
+@pytest.mark.parametrize(("words", "status"), [(["--no-such-option"], 2), (["no-such-plugin"], 1), (["--version"], 0)])
+def test_mistakes_in_the_command_line_are_errors_of_the_journal(words: list[str], status: int, tmp_path: Path) -> None:
+    path = tmp_path / "stderr"
+    with path.open("w") as stream:
+        inode = os.fstat(stream.fileno())
+        env = {**os.environ, "JOURNAL_STREAM": f"{inode.st_dev}:{inode.st_ino}"}
+        done = subprocess.run(
+            [sys.executable, "-m", "nbdkitpy", *words], stderr=stream, stdout=subprocess.DEVNULL, env=env
+        )
+
+    lines = path.read_text().splitlines()
+    assert done.returncode == status
+    assert [line[:19] for line in lines] == ["<3>nbdkitpy: error:"] * bool(status)

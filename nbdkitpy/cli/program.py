@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 import nbdkitpy
+from nbdkitpy import log
 from nbdkitpy.cli import information, start
 from nbdkitpy.cli.grammar import PROGRAM, load, make_command, settings_given
 from nbdkitpy.config import SETTINGS, ServerConfig, is_parameter, read_words, server_config
@@ -50,7 +51,15 @@ def main() -> None:
     parent = os.getppid()  # before anything takes time: see exit_with_parent
     _check_standard_streams()
     os.umask(0o022)  # what sockets and files get must not depend on who starts us
-    command().main(prog_name=PROGRAM, obj=Invocation(parent, _activation()))
+    invocation = Invocation(parent, _activation())
+    if not log.is_journal(sys.stderr):
+        command().main(prog_name=PROGRAM, obj=invocation)
+    try:
+        status = command().main(prog_name=PROGRAM, obj=invocation, standalone_mode=False)
+    except click.ClickException as error:  # one line with a priority, in place of the usage and a line without
+        log.complain(error.format_message())
+        status = error.exit_code
+    raise SystemExit(status)
 
 
 def command() -> click.Command:
@@ -76,7 +85,7 @@ def _activation() -> Activation | None:
     try:
         return receive(os.environ)
     except ConfigError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        log.complain(str(error))
         raise SystemExit(1) from error
 
 
@@ -87,7 +96,7 @@ def _run(ctx: click.Context, /, **given: Any) -> None:
     try:
         ctx.exit(_answer(ctx, given))
     except ConfigError as error:
-        click.echo(f"{PROGRAM}: error: {error}", err=True)
+        log.complain(str(error))
         ctx.exit(1)
 
 

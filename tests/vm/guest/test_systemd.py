@@ -123,8 +123,8 @@ def test_option_that_says_where_to_listen_is_refused(units: Units, listen: list[
 
     unit("start", status=1)
 
-    # A mistake in the command line is told as at a terminal, with the usage, and so without a priority.
-    assert any("cannot use socket activation with the -p option" in record["MESSAGE"] for record in unit.journal())
+    (record,) = [record for record in unit.journal() if record["PRIORITY"] == ERROR]
+    assert "cannot use socket activation with the -p option" in record["MESSAGE"]
 
 
 def test_too_many_sockets_end_the_server(units: Units, tmp_path: Path) -> None:
