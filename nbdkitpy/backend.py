@@ -157,8 +157,9 @@ class Handle:
     #: Reads ask :meth:`extents` for holes, which are then told to the client in place of their zeroes.
     sparse: bool = False
 
-    #: ``pread_nowait(count, offset)``: as :meth:`pread`, or None where that would wait for a device. Optional.
-    pread_nowait: Callable[[int, int], Buffer | None] | None = None
+    #: ``pread_into(buffer, offset)``: fill `buffer` from `offset` on and return True, or return False where that would
+    #: wait for a device, or something is wrong with it: then :meth:`pread` is called. Optional.
+    pread_into: Callable[[memoryview, int], bool] | None = None
 
     #: ``file_range(count, offset)``: where the range lies in a file, so that it can be sent without being copied, or
     #: None if it is not at hand without waiting. Optional.
@@ -265,7 +266,7 @@ class Handle:
 VERBS = ("pread", "pwrite", "flush", "trim", "zero", "cache", "extents")
 
 #: Other ways to the same bytes as pread's: who overrides pread has to override these too, or they are lost.
-_READ_SHORTCUTS = ("pread_nowait", "file_range", "sparse")
+_READ_SHORTCUTS = ("pread_into", "file_range", "sparse")
 
 
 class FilterHandle(Handle):

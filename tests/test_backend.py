@@ -25,7 +25,7 @@ from nbdkitpy.exceptions import ConfigError, NbdkitpyError, UnitError
 from nbdkitpy.parameters import Parameter, Repeated, integer, parse_size, parse_string
 
 CLIENT = Client(number=1)
-NAMES_OF_SHORTCUTS = ("pread_nowait", "file_range")
+NAMES_OF_SHORTCUTS = ("pread_into", "file_range")
 CAPABILITIES = (
     "can_write",
     "can_zero",
@@ -56,8 +56,8 @@ class Whole(Handle):
         self.called = ("pread", count, offset)
         return bytes(count)
 
-    def pread_nowait(self, count: int, offset: int) -> Buffer | None:
-        return None
+    def pread_into(self, buffer: memoryview, offset: int) -> bool:
+        return False
 
     def file_range(self, count: int, offset: int) -> FileRange | None:
         return FileRange(3, offset)
@@ -201,8 +201,8 @@ class Offset(FilterHandle):
     def pread(self, count: int, offset: int) -> Buffer:
         return self.next.pread(count, offset + 512)
 
-    def pread_nowait(self, count: int, offset: int) -> Buffer | None:
-        return None
+    def pread_into(self, buffer: memoryview, offset: int) -> bool:
+        return False
 
     def file_range(self, count: int, offset: int) -> FileRange | None:
         return FileRange(4, offset + 512)
@@ -253,7 +253,7 @@ def test_read_shortcuts_pass_through() -> None:
 def test_read_shortcuts_are_lost_when_reads_are_changed() -> None:
     outer = Passing(Reading(Whole()))
 
-    assert outer.pread_nowait is None
+    assert outer.pread_into is None
     assert outer.file_range is None
     assert outer.sparse is False
 
@@ -263,7 +263,7 @@ def test_read_shortcuts_that_are_overridden_too_are_kept() -> None:
 
     outer = Passing(changing)
 
-    assert getattr(outer.pread_nowait, "__self__", None) is changing
+    assert getattr(outer.pread_into, "__self__", None) is changing
     assert outer.file_range is not None
     assert outer.file_range(1, 7) == FileRange(4, 519)
     assert outer.sparse is True
@@ -272,7 +272,7 @@ def test_read_shortcuts_that_are_overridden_too_are_kept() -> None:
 def test_handle_without_shortcuts_gives_none_to_the_filters_over_it() -> None:
     outer = Passing(Least())
 
-    assert (outer.pread_nowait, outer.file_range, outer.sparse) == (None, None, False)
+    assert (outer.pread_into, outer.file_range, outer.sparse) == (None, None, False)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_nothing_is_bound_through_a_handle_that_swaps_its_next() -> None:
     outer = Passing(middle)
 
     assert all(getattr(outer, verb).__self__ is middle for verb in VERBS)
-    assert (outer.pread_nowait, outer.file_range, outer.sparse) == (None, None, False)
+    assert (outer.pread_into, outer.file_range, outer.sparse) == (None, None, False)
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ The driver asks where the next bytes go (:meth:`Transmission.buffer`), puts them
 
 from __future__ import annotations
 
+import functools
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from nbdkitpy.protocol.buffers import page_aligned
 from nbdkitpy.protocol.constants import (
     BASE_ALLOCATION_ID,
     Command,
@@ -37,6 +39,13 @@ _MAX_SKIPPED = 2 * MAX_PAYLOAD
 _SMALL_BUFFER = 8 << 10
 _LARGE_BUFFER = 256 << 10
 
+#: The large buffer begins so many bytes after a page, so that a payload does not begin the 28 bytes of a header after
+#: one: see :mod:`nbdkitpy.protocol.buffers`.
+_BESIDE_PAGE = 64
+
+#: Of a payload that lacks so many bytes, all are worth waiting for at once.
+_MUCH = 16 << 10
+
 _CHOSEN_CONTEXT = struct.Struct(">QI")  # payload of a BLOCK_STATUS that chooses one context: effect length, context id
 
 # Plain numbers: comparing with members of an enum takes many times as long.
@@ -44,6 +53,7 @@ _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
 _PAYLOAD_LEN = int(CommandFlag.PAYLOAD_LEN)
 _NO_PAYLOAD = memoryview(b"")
+_NO_BUFFER = memoryview(bytearray())
 
 
 class Request(NamedTuple):
@@ -55,6 +65,10 @@ class Request(NamedTuple):
     offset: int
     length: int
     payload: memoryview
+
+
+#: Makes a request of a tuple, in half the time that the class takes to be called.
+_request: Callable[[tuple[int, int, int, int, int, memoryview]], Request] = functools.partial(tuple.__new__, Request)
 
 
 class Refusal(NamedTuple):
@@ -149,9 +163,8 @@ class Transmission:
         self._plain_write = 0 if flags & TransmissionFlag.READ_ONLY else self._maximum
         self._plain_write_flags = _PAYLOAD_LEN if extended else 0  # that a plain WRITE may have
 
-        # Bytes that have arrived: buffer[start:end] are not consumed yet.
-        self._buffer = bytearray(_SMALL_BUFFER)
-        self._view = memoryview(self._buffer)
+        # Bytes that have arrived: view[start:end] are not consumed yet.
+        self._view = memoryview(bytearray(_SMALL_BUFFER))
         self._start = 0
         self._end = 0
         self._wanted = _SMALL_BUFFER  # size that the buffer should have next time
@@ -160,12 +173,15 @@ class Transmission:
         # A payload that lands in a buffer of its own: request, and how much of it is there.
         self._landing: Request | None = None
         self._landed = 0
-        self._own_buffer = bytearray()
+        self._own_buffer = _NO_BUFFER
+        self._has_landed = False  # the last one did
 
         # A payload that is skipped: bytes left, and the answer when it is gone.
         self._skipping = 0
         self._skipped_for: Refusal | None = None
 
+        #: Whether :meth:`buffer`, when last asked, is to be filled to its end: nothing can be done before it is.
+        self.wants_all = False
         #: Nothing more is taken from the client: carry out what came before, then close.
         self.finished = False
         #: Why, if that is not because the client said DISC.
@@ -178,18 +194,33 @@ class Transmission:
 
     def buffer(self) -> memoryview:
         """Return where the next bytes from the client go; it is never empty. Payloads given out before end here."""
-        if self._landing is not None:
+        self.wants_all = self._landing is not None
+        if self.wants_all:
             return self._own_view()
+        size = len(self._view)
         if self._start == self._end:
             self._start = self._end = 0
+            if self._needed <= size >= self._wanted:
+                return self._first_view()
         self._wanted = max(self._wanted, 1 << (self._needed - 1).bit_length())
-        if self._wanted > len(self._buffer):
+        if self._wanted > size:
             self._replace_buffer()
-        elif self._start + self._needed > len(self._buffer):
+        elif self._start + self._needed > size:
             left = self._end - self._start
             self._view[:left] = self._view[self._start : self._end]
             self._start, self._end = 0, left
-        return self._view[self._end :]
+        missing = self._start + self._needed - self._end
+        if missing < _MUCH:
+            return self._view[self._end :]
+        self.wants_all = True
+        return self._view[self._end : self._end + missing]
+
+    def _first_view(self) -> memoryview:
+        if not self._has_landed:
+            return self._view
+        # The next request may be of the same kind: without its payload here, which would have to be copied from here.
+        self._has_landed = False
+        return self._view[: self._header.size]
 
     def received(self, count: int) -> list[Request]:
         """Take note that `count` bytes were put into :meth:`buffer`; return the requests that are now complete.
@@ -199,8 +230,8 @@ class Transmission:
         if self._landing is not None:
             return self._received_own(count)
         self._end += count
-        if self._end == len(self._buffer) and len(self._buffer) < _LARGE_BUFFER:
-            self._wanted = 2 * len(self._buffer)  # the client sends more at a time than we take
+        if self._end == len(self._view) < _LARGE_BUFFER:
+            self._wanted = _LARGE_BUFFER  # the client sends more at a time than we take
         return self._parse()
 
     def feed(self, data: bytes) -> Iterator[list[Request]]:
@@ -229,38 +260,47 @@ class Transmission:
         What is kept holds at most twice the memory of its length, so that lengths can be counted for memory.
         """
         # The buffer may be that of a larger payload before this one.
-        if payload.obj is self._own_buffer and len(self._own_buffer) <= 2 * len(payload):
-            self._own_buffer = bytearray()
+        if payload.obj is self._own_buffer.obj and len(self._own_buffer) <= 2 * len(payload):
+            self._own_buffer = _NO_BUFFER
             return payload
         return memoryview(bytes(payload))
 
     def rest(self) -> None:
         """Give memory back: the client has been quiet for a while. Payloads given out before end here."""
+        self._has_landed = False
         if self._landing is None:
-            self._own_buffer = bytearray()
+            self._own_buffer = _NO_BUFFER
         elif len(self._own_buffer) > self._own_limit():  # from a larger payload before this one
-            self._own_buffer = self._own_buffer[: self._own_limit()]
-        if self._end - self._start < _SMALL_BUFFER < len(self._buffer):
+            self._own_buffer = self._copied(self._own_buffer[: self._landed], self._own_limit())
+        if self._end - self._start < _SMALL_BUFFER < len(self._view):
             self._wanted = _SMALL_BUFFER
             self._replace_buffer()
 
     def _replace_buffer(self) -> None:
-        left = self._view[self._start : self._end]
-        self._buffer = bytearray(self._wanted)
-        self._view = memoryview(self._buffer)
+        left, size = self._view[self._start : self._end], self._wanted
+        self._view = (
+            page_aligned(_BESIDE_PAGE + size)[_BESIDE_PAGE:]
+            if size > _SMALL_BUFFER
+            else memoryview(bytearray(_SMALL_BUFFER))
+        )
         self._view[: len(left)] = left
         self._start, self._end = 0, len(left)
+
+    @staticmethod
+    def _copied(data: memoryview, size: int) -> memoryview:
+        """Return a buffer of `size` bytes that begins with `data`."""
+        buffer = page_aligned(size)
+        buffer[: len(data)] = data
+        return buffer
 
     # --- payloads with a buffer of their own ---
 
     def _own_view(self) -> memoryview:
-        assert self._landing is not None
+        assert self._landing is not None  # our own doing, not the client's
         length = self._landing.length
         if self._landed == len(self._own_buffer):
-            grown = bytearray(min(length, self._own_limit()))
-            grown[: self._landed] = self._own_buffer
-            self._own_buffer = grown
-        return memoryview(self._own_buffer)[self._landed : length]
+            self._own_buffer = self._copied(self._own_buffer, min(length, self._own_limit()))
+        return self._own_buffer[self._landed : length]
 
     def _own_limit(self) -> int:
         # It grows with what arrives, not with what is announced: 28 bytes must not buy megabytes.
@@ -273,7 +313,8 @@ class Transmission:
         requests: list[Request] = []
         if self._landed == request.length:
             self._landing = None
-            self._accept(requests, request._replace(payload=memoryview(self._own_buffer)[: request.length]))
+            self._has_landed = True
+            self._accept(requests, request._replace(payload=self._own_buffer[: request.length]))
         return requests
 
     # --- requests ---
@@ -282,26 +323,34 @@ class Transmission:
         requests: list[Request] = []
         if self._skipping and not self._skip():
             return requests
-        unpack, header_size, expected = self._header.unpack_from, self._header.size, self._magic
-        size, longest, misaligned = self._size, self._plain_read, self._misaligned
+        unpack, header_size, expected, view = self._header.unpack_from, self._header.size, self._magic, self._view
+        size, misaligned, start, end = self._size, self._misaligned, self._start, self._end
+        longest_read, longest_write, no_write_flags = self._plain_read, self._plain_write, ~self._plain_write_flags
         self._needed = header_size
-        while self._end - self._start >= header_size and not self.finished:
-            magic, flags, command, cookie, offset, length = unpack(self._buffer, self._start)
+        while end - start >= header_size and not self.finished:
+            magic, flags, command, cookie, offset, length = unpack(view, start)
             if magic != expected:
                 self._fail(f"request magic is {magic:#x}, not {expected:#x}")
-            elif (
-                command == _READ
-                and not flags
-                and 0 < length <= longest
-                and offset + length <= size
-                and not (offset | length) & misaligned
-            ):
-                self._start += header_size
-                requests.append(Request(_READ, 0, cookie, offset, length, _NO_PAYLOAD))
-            elif not self._step(requests, Request(command, flags, cookie, offset, length, _NO_PAYLOAD)):
                 break
-        if self.finished:
-            self._start = self._end  # what is behind the end is not looked at, and must not fill the buffer
+            # What nearly all are, spelt out: a READ or WRITE in which :meth:`_check` would find nothing.
+            if length and offset + length <= size and not (offset | length) & misaligned:
+                body = start + header_size
+                if command == _READ and not flags and length <= longest_read:
+                    requests.append(_request((_READ, 0, cookie, offset, length, _NO_PAYLOAD)))
+                    start = body
+                    continue
+                behind = body + length
+                if command == _WRITE and not flags & no_write_flags and length <= longest_write and behind <= end:
+                    requests.append(_request((_WRITE, 0, cookie, offset, length, view[body:behind])))
+                    start = behind
+                    continue
+            self._start = start
+            has_all = self._step(requests, Request(command, flags, cookie, offset, length, _NO_PAYLOAD))
+            start = self._start
+            if not has_all:
+                break
+        # What is behind the end is not looked at, and must not fill the buffer.
+        self._start = end if self.finished else start
         return requests
 
     def _step(self, requests: list[Request], request: Request) -> bool:
@@ -312,12 +361,12 @@ class Transmission:
             self.finished = True
             return True
         payload_size = self._payload_size(request)
-        refusal = None if self._is_plain_write(request) else self._check(request, payload_size)
+        refusal = self._check(request, payload_size)
         if refusal is not None:
             self._start = body
             return self._refuse(refusal, payload_size)
         if payload_size > self._end - body:
-            self._await_payload(request, body, payload_size)
+            self._await_payload(request, body)
             return False
         self._start = body + payload_size
         if payload_size:
@@ -333,23 +382,13 @@ class Transmission:
         has_payload = request.command == _WRITE or (self._extended and request.flags & _PAYLOAD_LEN)
         return request.length if has_payload else 0
 
-    def _is_plain_write(self, request: Request) -> bool:
-        """Whether this is the WRITE that nearly all are, so that :meth:`_check` would find nothing."""
-        return (
-            request.command == _WRITE
-            and not request.flags & ~self._plain_write_flags
-            and 0 < request.length <= self._plain_write
-            and request.offset + request.length <= self._size
-            and not (request.offset | request.length) & self._misaligned
-        )
-
-    def _await_payload(self, request: Request, body: int, payload_size: int) -> None:
-        if self._header.size + payload_size <= _LARGE_BUFFER // 2:
-            self._needed = self._header.size + payload_size  # comes to lie behind its header
+    def _await_payload(self, request: Request, body: int) -> None:
+        if self._header.size + request.length <= _LARGE_BUFFER // 2:
+            self._needed = self._header.size + request.length  # comes to lie behind its header
             return
         arrived = self._view[body : self._end]
         if len(self._own_buffer) < len(arrived):
-            self._own_buffer = bytearray(_LARGE_BUFFER)
+            self._own_buffer = page_aligned(_LARGE_BUFFER)
         self._own_buffer[: len(arrived)] = arrived
         self._landing, self._landed = request, len(arrived)
         self._start = self._end

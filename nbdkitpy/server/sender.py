@@ -61,7 +61,8 @@ class Sender:
         """Send whole messages, and then those that are queued. Waits for the client to take them."""
         with self._lock:
             self._send(pieces)
-        self._send_queued()
+        if self._queue:
+            self._send_queued()
 
     def send_file(
         self,

@@ -21,7 +21,8 @@ from nbdkitpy.protocol.handshake import (
 from nbdkitpy.protocol.messages import BlockSizeInfo, oldstyle_greeting
 from nbdkitpy.protocol.replies import ExtendedReplies, Replies, SimpleReplies, StructuredReplies
 from nbdkitpy.protocol.transmission import MAX_PAYLOAD, Transmission
-from nbdkitpy.server.engine import Engine, describe, reason
+from nbdkitpy.server.checks import describe, reason
+from nbdkitpy.server.engine import Engine
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.transport import Stream
 from nbdkitpy.stack import Capabilities, Stack

@@ -54,7 +54,7 @@ def test_everything_can_be_done_that_can_be_done_with_a_cache(handle: DropBehind
 
 
 def test_no_short_cut_leads_past_the_dropping(handle: DropBehindHandle) -> None:
-    assert handle.pread_nowait is None
+    assert handle.pread_into is None
     assert handle.file_range is None
     assert handle.inline == {"extents"}  # which touches no data
 

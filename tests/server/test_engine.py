@@ -17,8 +17,10 @@ import pytest
 from nbdkitpy import Buffer, Extent, ExtentType, FileRange, Flags, Handle, Support, ThreadModel
 from nbdkitpy.protocol.constants import Command, CommandFlag, NbdError, ReplyType
 from nbdkitpy.protocol.transmission import Request
+from nbdkitpy.server import batch, reads
 from nbdkitpy.server import engine as module
-from nbdkitpy.server.engine import Engine, checked_data, checked_range, describe
+from nbdkitpy.server.checks import checked_data, checked_range, describe
+from nbdkitpy.server.engine import Engine
 from nbdkitpy.server.sender import Budget
 from nbdkitpy.server.transport import SocketTransport
 from tests.conftest import StartServer, StartSession
@@ -224,7 +226,8 @@ def test_invalid_requests_are_answered_between_valid_ones_and_logged_ten_times(
 
 
 def test_a_long_batch_is_sent_in_parts(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BATCH", 10_000)
+    for user in (module, batch):
+        monkeypatch.setattr(user, "FULL", 10_000)
     client, _, _ = serve(Inline, Style.SIMPLE)
     sizes = note_sends(monkeypatch)
 
@@ -338,10 +341,17 @@ class Timed(Whole):
         self.clock.now += self.takes
 
 
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have files sent that would be copied, as they are small."""
+    monkeypatch.setattr(reads, "_COPIED", 32767)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
+    for user in (module, reads):
+        monkeypatch.setattr(user, "time", clock)
     monkeypatch.setattr(Timed, "clock", clock, raising=False)
     return clock
 
@@ -404,11 +414,14 @@ class Cached(Whole):
     def __init__(self, plugin: Disks) -> None:
         super().__init__(plugin)
         self.tried: list[threading.Thread] = []
-        self.pread_nowait = self._pread_nowait
+        self.pread_into = self._pread_into
 
-    def _pread_nowait(self, count: int, offset: int) -> Buffer | None:
+    def _pread_into(self, buffer: memoryview, offset: int) -> bool:
         self.tried.append(threading.current_thread())
-        return CONTENT[offset : offset + count] if offset + count <= 65536 else None
+        if offset + len(buffer) > 65536:
+            return False
+        buffer[:] = CONTENT[offset : offset + len(buffer)]
+        return True
 
 
 @ALL_STYLES
@@ -1072,21 +1085,17 @@ def test_what_is_not_the_data_is_an_error_and_no_byte_of_it_is_sent(
     assert client.read(4096, 4096) == CONTENT[4096:8192]
 
 
-@BAD
-def test_the_same_of_a_read_that_does_not_wait(data: object, serve: Serve) -> None:
-    class Bad(Cached):
-        def _pread_nowait(self, count: int, offset: int) -> Buffer | None:
-            return data if not offset else CONTENT[offset : offset + count]  # type: ignore[return-value]
+def test_a_read_into_memory_may_fail(serve: Serve) -> None:
+    class Failing(Cached):
+        def _pread_into(self, buffer: memoryview, offset: int) -> bool:
+            if not offset:
+                raise OSError(errno.EIO, "a bad place")
+            return super()._pread_into(buffer, offset)
 
-    client, handle, _ = serve(Bad)
+    client, handle, _ = serve(Failing)
 
-    reply = client.call(Command.READ, 0, 4096)
-
-    if data is None:
-        assert reply.data == CONTENT[:4096]
-    else:
-        assert reply.error == NbdError.EIO
-        assert not handle.calls
+    assert client.call(Command.READ, 0, 4096).error == NbdError.EIO
+    assert not handle.calls
     assert client.read(4096, 4096) == CONTENT[4096:8192]
 
 
@@ -1184,7 +1193,7 @@ class Cold(Whole):
 
     def __init__(self, plugin: Disks) -> None:
         super().__init__(plugin)
-        self.pread_nowait = lambda count, offset: None
+        self.pread_into = lambda buffer, offset: False
 
 
 def test_a_client_that_takes_no_replies_is_not_served_without_end(
@@ -1309,8 +1318,9 @@ def test_a_quiet_connection_gives_back_its_workers_and_memory(
 
     assert not engine._workers._threads
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("disks[1].")]
-    assert len(engine._transmission._buffer) <= 8192
+    assert len(engine._transmission._view) <= 8192
     assert not engine._transmission._own_buffer
+    assert engine._batch._memory is None
     assert client.read(0, 512) == CONTENT[:512]
 
 
@@ -1343,7 +1353,7 @@ class Together(Whole):
         super().__init__(plugin)
         self.all_here = threading.Barrier(17)
         self.gate = threading.Event()
-        self.pread_nowait = lambda count, offset: None
+        self.pread_into = lambda buffer, offset: False
 
     def pread(self, count: int, offset: int) -> bytes:
         self.all_here.wait(PATIENCE)

@@ -227,7 +227,7 @@ def test_in_parallel_one_handle_is_called_at_once(start_server: StartServer) -> 
     class Cold(Watchful):
         def __init__(self, plugin: Disks) -> None:
             super().__init__(plugin)
-            self.pread_nowait = lambda count, offset: None
+            self.pread_into = lambda buffer, offset: False
 
     plugin = Watching(ThreadModel.PARALLEL, lambda: together.wait(PATIENCE))
     plugin._handle = Cold
@@ -312,7 +312,7 @@ class Slow(Disk):
 
     def __init__(self, plugin: Disks) -> None:
         super().__init__(plugin)
-        self.pread_nowait = lambda count, offset: None
+        self.pread_into = lambda buffer, offset: False
 
 
 @pytest.mark.parametrize("handle", [Disk, Slow], ids=["inline", "workers"])
@@ -1009,7 +1009,7 @@ def test_a_client_whose_request_is_at_work_is_not_quiet(start_server: StartServe
     class Waiting(Disk):
         def __init__(self, plugin: Disks) -> None:
             super().__init__(plugin)
-            self.pread_nowait = lambda count, offset: None
+            self.pread_into = lambda buffer, offset: False
 
         def pread(self, count: int, offset: int) -> bytes:
             begun.set()

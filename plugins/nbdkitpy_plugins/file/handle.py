@@ -30,7 +30,7 @@ class FileHandle(Handle):
         self._has_extents = self._probe_extents()
         self.sparse = self._has_extents and os.fstat(fd).st_blocks * 512 < self._size
         if _has_nowait(fd):
-            self.pread_nowait = _nowait_reader(fd)
+            self.pread_into = _reader_into(fd)
             self.file_range = _range_finder(fd)
 
     def get_size(self) -> int:
@@ -222,28 +222,25 @@ def _has_nowait(fd: int) -> bool:
     return True
 
 
-def _nowait_reader(fd: int) -> Callable[[int, int], bytearray | None]:
+def _reader_into(fd: int) -> Callable[[memoryview, int], bool]:
     preadv, nowait = os.preadv, os.RWF_NOWAIT
 
-    def pread_nowait(count: int, offset: int) -> bytearray | None:
-        buffer = bytearray(count)
+    def pread_into(buffer: memoryview, offset: int) -> bool:
         try:
-            if preadv(fd, (buffer,), offset, nowait) == count:
-                return buffer
+            return preadv(fd, (buffer,), offset, nowait) == len(buffer)
         except OSError:  # it would wait; or pread will say what is wrong
-            pass
-        return None
+            return False
 
-    return pread_nowait
+    return pread_into
 
 
 def _range_finder(fd: int) -> Callable[[int, int], FileRange | None]:
     preadv, nowait, probe = os.preadv, os.RWF_NOWAIT, (bytearray(1),)
 
     def file_range(count: int, offset: int) -> FileRange | None:
-        # Both ends in the page cache: so is, most likely, what lies between.
+        # The end is in the page cache: so is, most likely, what lies before it.
         try:
-            if preadv(fd, probe, offset, nowait) and preadv(fd, probe, offset + count - 1, nowait):
+            if preadv(fd, probe, offset + count - 1, nowait):
                 return FileRange(fd, offset)
         except OSError:
             pass
