@@ -6,13 +6,12 @@ Knows the contract of :mod:`nbdkitpy.backend`; knows nothing of the wire, of soc
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import difflib
 import errno
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from nbdkitpy.backend import (
     Backend,
@@ -42,8 +41,7 @@ _EMULATED_PIECE = 1 << 20  # zeroes are written and prefetches read in pieces of
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
-class Capabilities:
+class Capabilities(NamedTuple):
     """What an open export can do: a snapshot, taken once when it is opened."""
 
     size: int
@@ -284,8 +282,7 @@ class _Joint(Filter):
             raise
 
 
-@dataclasses.dataclass(frozen=True)
-class OpenExport:
+class OpenExport(NamedTuple):
     """An export that a client has open: the outermost handle, and what it can do."""
 
     name: str

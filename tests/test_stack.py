@@ -1,4 +1,3 @@
-import dataclasses
 import errno
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -638,7 +637,7 @@ NO_WRITE: dict[str, Any] = {
 def test_snapshot_holds_what_was_answered(answers: dict[str, object], differences: dict[str, Any]) -> None:
     export, _ = open_disk(lambda: Answering(answers), PassingFilter())
 
-    assert export.capabilities == dataclasses.replace(BEST, **differences)
+    assert export.capabilities == BEST._replace(**differences)
 
 
 def test_supports_of_the_snapshot_are_supports() -> None:
@@ -651,7 +650,7 @@ def test_supports_of_the_snapshot_are_supports() -> None:
 def test_readonly_implies_no_trim_zero_or_fua_which_are_not_asked_for(answers: dict[str, object]) -> None:
     export, disk = open_disk(lambda: Answering(answers), readonly=True)
 
-    assert export.capabilities == dataclasses.replace(BEST, **NO_WRITE)
+    assert export.capabilities == BEST._replace(**NO_WRITE)
     assert disk.asked == [
         "get_size",
         "can_write",
@@ -684,7 +683,7 @@ def test_filter_cannot_make_a_readonly_export_writable() -> None:
 
     export, _ = open_disk(lambda: Answering({}), WritingFilter(), readonly=True)
 
-    assert export.capabilities == dataclasses.replace(BEST, **NO_WRITE)
+    assert export.capabilities == BEST._replace(**NO_WRITE)
 
 
 def test_filter_may_open_inward_in_another_mode() -> None:
@@ -732,7 +731,7 @@ def test_snapshot_of_what_is_inferred(make: Callable[[], Handle], differences: d
 
     export, _ = open_disk(make)
 
-    assert export.capabilities == dataclasses.replace(plain, **differences)
+    assert export.capabilities == plain._replace(**differences)
 
 
 def test_zero_that_is_not_used_makes_all_fast_zeroes_fail_fast() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from nbdkitpy.config.settings import LISTENING, SETTINGS, Setting
 from nbdkitpy.config.units import Given, Reference, UnitTable, nearest
@@ -47,8 +46,7 @@ _MAX_PORT = (1 << 16) - 1
 _MAX_VSOCK_PORT = (1 << 32) - 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     """What a configuration file says."""
 
     path: str

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nbdkitpy import log
 from nbdkitpy.config.words import Assignment, DebugFlag, parse_debug_flag
@@ -20,15 +19,14 @@ __all__ = ["LISTENING", "SETTINGS", "ServerConfig", "Setting", "endpoints", "ser
 _MAX_THREADS = 1 << 16
 
 
-@dataclasses.dataclass(frozen=True)
-class ServerConfig:
+class ServerConfig(NamedTuple):
     """All that the command line and the file say, defaults filled in."""
 
     plugin: str
     filters: tuple[str, ...] = ()  #: outermost first
     parameters: tuple[Assignment, ...] = ()  #: of the command line, in the order given, of all units
     tables: tuple[UnitTable, ...] = ()  #: of the file: of the innermost layers, the plugin's last
-    server: ServerOptions = dataclasses.field(default_factory=ServerOptions)
+    server: ServerOptions = ServerOptions()
     run: str | None = None  #: shell command beside which the server runs
     single: bool = False  #: one connection, on standard input and output
     background: bool = True
@@ -46,8 +44,7 @@ class ServerConfig:
     file: Document | None = None  #: of --config
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """One way to say a setting of the server."""
 
     name: str  #: of the value: a field of ServerConfig or ServerOptions, or what :func:`endpoints` looks at
@@ -67,11 +64,11 @@ class Setting:
 
 
 def _handshake_flags(text: str) -> int:
-    return ServerOptions.handshake_flags & integer(0, (1 << 32) - 1)(text)
+    return ServerOptions().handshake_flags & integer(0, (1 << 32) - 1)(text)
 
 
 def _threads(text: str) -> int:
-    return integer(0, _MAX_THREADS)(text) or ServerOptions.threads
+    return integer(0, _MAX_THREADS)(text) or ServerOptions().threads
 
 
 def _unix_path(text: str) -> str:
@@ -298,8 +295,7 @@ def server_config(
 
 def _of(cls: type[ServerConfig] | type[ServerOptions], values: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the values that are fields of `cls`."""
-    names = {field.name for field in dataclasses.fields(cls)}
-    return {name: value for name, value in values.items() if name in names}
+    return {name: value for name, value in values.items() if name in cls._fields}
 
 
 def endpoints(
@@ -330,7 +326,7 @@ def endpoints(
 def _restricted(endpoint: Endpoint, family: AddressFamily) -> Endpoint:
     if family is AddressFamily.ANY or endpoint.transport is not Transport.TCP:
         return endpoint
-    return dataclasses.replace(endpoint, address_family=family)
+    return endpoint._replace(address_family=family)
 
 
 def value_in(config: ServerConfig, setting: Setting) -> object:

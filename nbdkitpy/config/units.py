@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 from nbdkitpy.backend import Backend
@@ -57,21 +57,19 @@ class Given(NamedTuple):
     is_array: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class UnitTable:
+class UnitTable(NamedTuple):
     """What a file says of one layer."""
 
     name: str
     where: str  #: for messages: the file and the table
-    parameters: Mapping[str, Given] = dataclasses.field(default_factory=dict)
+    parameters: Mapping[str, Given] = MappingProxyType({})
 
 
 #: A parameter of one layer. Of two layers of one kind each has its own.
 Place: TypeAlias = "tuple[Backend, str]"
 
 
-@dataclasses.dataclass(frozen=True)
-class Configured:
+class Configured(NamedTuple):
     """What the layers of a stack have been given."""
 
     given: Mapping[Place, Given]

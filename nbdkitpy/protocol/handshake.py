@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, NoReturn
 
 from nbdkitpy.protocol.constants import (
@@ -77,8 +76,7 @@ _CHUNKED_REPLIES = frozenset({Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS})
 _META_CONTEXTS = frozenset({Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT})
 
 
-@dataclass(frozen=True)
-class Negotiated:
+class Negotiated(NamedTuple):
     """What client and server agreed on. Where both kinds of replies are on, extended headers take precedence."""
 
     structured_replies: bool
@@ -86,8 +84,7 @@ class Negotiated:
     contexts: tuple[str, ...]  #: selected metadata contexts
 
 
-@dataclass(frozen=True)
-class ExportFacts:
+class ExportFacts(NamedTuple):
     """What the client is told of an export that was opened for it."""
 
     size: int  #: in bytes
@@ -97,8 +94,7 @@ class ExportFacts:
     block_size: BlockSizeInfo | None = None
 
 
-@dataclass(frozen=True)
-class OpenExport:
+class OpenExport(NamedTuple):
     """Open this export and answer by `export_opened` or `export_refused`. After INFO close it again."""
 
     name: str  #: empty for the default export
@@ -106,18 +102,25 @@ class OpenExport:
     wants_description: bool
 
 
-@dataclass(frozen=True)
-class ListExports:
+class _Bare:
+    """An event that says no more than what it is: any two of one kind are equal."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+
+class ListExports(_Bare):
     """Find the exports and answer by `exports_listed` or `list_refused`."""
 
 
-@dataclass(frozen=True)
-class Ready:
+class Ready(_Bare):
     """The handshake is over: what was negotiated is final, and the client's next bytes are requests."""
 
 
-@dataclass(frozen=True)
-class Closed:
+class Closed(_Bare):
     """The client took its leave: send what there is to send, and close the connection."""
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
+from typing import NamedTuple
 
 from nbdkitpy.protocol.constants import DEFAULT_PORT, HandshakeFlag
 
@@ -26,8 +26,7 @@ class AddressFamily(enum.Enum):
     INET6 = "ipv6"
 
 
-@dataclasses.dataclass(frozen=True)
-class Endpoint:
+class Endpoint(NamedTuple):
     """One thing to listen on. TCP may stand for several sockets, one for each address."""
 
     transport: Transport = Transport.TCP
@@ -38,8 +37,7 @@ class Endpoint:
     fd: int | None = None  #: a socket that listens already, handed to us by a service manager
 
 
-@dataclasses.dataclass(frozen=True)
-class ServerOptions:
+class ServerOptions(NamedTuple):
     """Settings of the server itself; those of the plugin and the filters are theirs."""
 
     endpoints: tuple[Endpoint, ...] = (Endpoint(),)  #: what to listen on, all at once

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import struct
 import tracemalloc
@@ -350,9 +349,7 @@ def test_info_goes_on_haggling() -> None:
     client.is_in_step()
 
 
-ALL_FACTS = dataclasses.replace(
-    FACTS, name="canonical", description="Beschreibung é", block_size=BlockSizeInfo(512, 4096)
-)
+ALL_FACTS = FACTS._replace(name="canonical", description="Beschreibung é", block_size=BlockSizeInfo(512, 4096))
 NAME_INFO = b"\0\1canonical"
 DESCRIPTION_INFO = b"\0\2" + "Beschreibung é".encode()
 BLOCK_SIZE_INFO = bytes.fromhex("0003 00000200 00001000 04000000")
@@ -403,7 +400,7 @@ def test_empty_texts_are_information_too(number: Option) -> None:
     client = Client()
 
     client.option(number, info(b"", 1, 2))
-    client.handshake.export_opened(dataclasses.replace(FACTS, name="", description=""))
+    client.handshake.export_opened(FACTS._replace(name="", description=""))
 
     parts = [reply(number, OptionReply.INFO, part) for part in [EXPORT_INFO, b"\0\1", b"\0\2"]]
     assert client.received() == b"".join(parts) + ack(number)

@@ -626,8 +626,8 @@ PLAIN = Negotiated(structured_replies=False, extended_headers=False, contexts=()
     ],
     ids=str,
 )
-def test_each_capability_is_one_flag(change: dict[str, object], flag: TransmissionFlag) -> None:
-    capabilities = Capabilities(**{**vars(WRITABLE), **change})
+def test_each_capability_is_one_flag(change: dict[str, Any], flag: TransmissionFlag) -> None:
+    capabilities = WRITABLE._replace(**change)
 
     assert transmission_flags(capabilities, PLAIN) == TransmissionFlag.HAS_FLAGS | flag
 
