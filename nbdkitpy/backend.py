@@ -12,7 +12,6 @@ Any other exception is a defect of the unit: it is logged with its traceback and
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
@@ -101,8 +100,7 @@ class Family(enum.Enum):
     UNKNOWN = "unknown"
 
 
-@dataclasses.dataclass(frozen=True)
-class Client:
+class Client(NamedTuple):
     """Who is connected. What cannot be known is None; who must decide on it, refuses."""
 
     number: int  #: counts connections from 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 
@@ -186,7 +185,7 @@ class Session:
     def _open(self, event: OpenExport, negotiated: Negotiated) -> ExportFacts:
         """Open what the client asks for, and return what it is told of that."""
         readonly = self._options.readonly
-        client = dataclasses.replace(self._client, is_probe=event.option is Option.INFO)
+        client = self._client._replace(is_probe=event.option is Option.INFO)
         name = event.name or self._stack.default_export(client, readonly)
         self._export = self._stack.open(name, readonly, client)
         capabilities = self._export.capabilities

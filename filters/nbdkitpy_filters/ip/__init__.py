@@ -7,7 +7,6 @@ rule that would have to know it.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import fnmatch
 import ipaddress
@@ -34,8 +33,7 @@ _MAX_ID = (1 << 32) - 2  # (uid_t) -1 is how the system says that it does not kn
 _MAX_U32 = (1 << 32) - 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Peer:
+class Peer(NamedTuple):
     """A client as the rules see it.
 
     IPv4 in the clothes of IPv6 (``::ffff:10.0.0.1``, from a socket that serves both) is IPv4 here, so that a rule
@@ -68,8 +66,7 @@ def _unmapped(address: Address) -> Address:
 Test: TypeAlias = Callable[[Peer], bool | None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """One rule of an allow or deny list."""
 
     text: str  #: as it was given
