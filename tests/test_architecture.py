@@ -17,7 +17,7 @@ LAYERS = (
     {"protocol", "stack", ""},  # "" is the package's own __init__.py, for its version
     {"hookspecs"},
     {"backend"},
-    {"extents", "log", "parameters"},
+    {"distributions", "extents", "log", "parameters"},
     {"exceptions"},
 )
 SANS_IO = {"asyncio", "logging", "os", "select", "socket", "threading", "time"}
