@@ -44,7 +44,7 @@ _RED, _PLAIN = "\033[1;31m", "\033[0m"
 _FILE_MODE = 0o640
 
 #: Threads that serve a client are named after the connection, as in ``memory[3]``; its workers are ``memory[3].0`` …
-_CONNECTION = re.compile(r"\[(\d+)\](\.\d+)?$")
+_CONNECTION = r"\[(\d+)\](\.\d+)?$"
 
 
 class _Level(NamedTuple):
@@ -352,7 +352,7 @@ def _connection(record: logging.LogRecord) -> int | None:
     number = getattr(record, "connection", None)
     if isinstance(number, int):
         return number
-    match = _CONNECTION.search(record.threadName or "")
+    match = re.search(_CONNECTION, record.threadName or "")
     return int(match[1]) if match else None
 
 

@@ -13,7 +13,6 @@ The same declaration feeds the command line, ``--help``, shell completion and th
 
 from __future__ import annotations
 
-import getpass
 import math
 import os
 import re
@@ -232,7 +231,8 @@ def _quoted(text: str) -> str:
 
 # --- the syntaxes of nbdkit's own parsing functions -----------------------------------------------------------------
 
-_SIZE = re.compile(r"([0-9]{1,19})([bskmgtpe]?)", re.ASCII | re.IGNORECASE)
+# Compiled when they are first used, as all of it together takes a millisecond and a start needs one of them or none.
+_SIZE = r"([0-9]{1,19})([bskmgtpe]?)"
 _SIZE_UNITS = {
     "": 1,
     "b": 1,
@@ -244,8 +244,8 @@ _SIZE_UNITS = {
     "p": 1 << 50,
     "e": 1 << 60,
 }
-_INTEGER = re.compile(r"[ \t\n\v\f\r]*([+-]?)(?:0[xX]([0-9a-fA-F]{1,40})|0([0-7]{0,40})|([1-9][0-9]{0,40}))", re.ASCII)
-_NUMBER = re.compile(r"[+]?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,3})?", re.ASCII)
+_INTEGER = r"[ \t\n\v\f\r]*([+-]?)(?:0[xX]([0-9a-fA-F]{1,40})|0([0-7]{0,40})|([1-9][0-9]{0,40}))"
+_NUMBER = r"[+]?(?:[0-9]{1,40}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][+-]?[0-9]{1,3})?"
 _DELAY_UNITS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "μs": 1e-6, "µs": 1e-6, "ns": 1e-9}
 _TRUE = frozenset({"1", "true", "t", "yes", "y", "on"})
 _FALSE = frozenset({"0", "false", "f", "no", "n", "off"})
@@ -262,7 +262,7 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: anything else, a fraction, a sign, or more than 2**63 - 1 bytes.
     """
-    match = _SIZE.fullmatch(text)
+    match = re.fullmatch(_SIZE, text, re.ASCII | re.IGNORECASE)
     if match is None:
         raise ValueError("a size such as 512, 10M or 1G")
     size = int(match[1]) * _SIZE_UNITS[match[2].lower()]
@@ -283,7 +283,7 @@ def integer(minimum: int, maximum: int) -> Callable[[str], int]:
     """Return a parser of integers from `minimum` to `maximum`, both included: decimal, ``0x`` or leading-zero octal."""
 
     def parse_integer(text: str) -> int:
-        match = _INTEGER.fullmatch(text)
+        match = re.fullmatch(_INTEGER, text, re.ASCII)
         if match is None or (match[1] == "-" and minimum >= 0):
             raise ValueError(f"an integer from {minimum} to {maximum}")
         value = int(match[2], 16) if match[2] else int(match[4]) if match[4] else int(match[3] or "0", 8)
@@ -352,7 +352,7 @@ def parse_delay(text: str) -> float:
 
 
 def _number(text: str, wanted: str) -> float:
-    if _NUMBER.fullmatch(text) is None:
+    if re.fullmatch(_NUMBER, text, re.ASCII) is None:
         raise ValueError(wanted)
     value = float(text)
     if not math.isfinite(value):
@@ -407,6 +407,8 @@ def read_password(text: str) -> str:
 
 
 def _asked_for() -> str:
+    import getpass  # only for those who type one
+
     try:
         return getpass.getpass("password: ")
     except EOFError:

@@ -6,7 +6,6 @@ Knows the contract of :mod:`nbdkitpy.backend`; knows nothing of the wire, of soc
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import itertools
 import threading
@@ -335,6 +334,8 @@ class Stack:
         known = sorted({name for layer in self.layers for name in layer.parameters})
         if not known:
             return f'{self.plugin.name}: unknown parameter "{key}": it takes no parameters'
+        import difflib  # only for those who mistype
+
         near = difflib.get_close_matches(key, known, n=1)
         hint = f'did you mean "{near[0]}"?' if near else "there are " + ", ".join(known)
         layers = ", ".join(layer.name for layer in self.layers)

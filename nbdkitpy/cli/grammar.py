@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
-from click.shell_completion import CompletionItem
 
 from nbdkitpy import log
 from nbdkitpy.backend import Filter, Plugin
@@ -14,6 +13,9 @@ from nbdkitpy.config import SETTINGS, Setting
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.parameters import Parameter, parse_path
 from nbdkitpy.registry import Kind, Registry, Unit
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 __all__ = ["PROGRAM", "Units", "load", "make_command", "settings_given"]
 
@@ -196,6 +198,12 @@ def _each_by(parse: Callable[[str], object]) -> Callable[[click.Context, click.P
 # --- shell completion ---
 
 
+def _item(value: str, type: str = "plain", help: str | None = None) -> CompletionItem:
+    from click.shell_completion import CompletionItem  # which a server does not need
+
+    return CompletionItem(value, type, help)
+
+
 def _complete_plugin(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     return _complete_unit(Kind.PLUGIN, incomplete)
 
@@ -206,18 +214,18 @@ def _complete_filter(ctx: click.Context, param: click.Parameter, incomplete: str
 
 def _complete_unit(kind: Kind, incomplete: str) -> list[CompletionItem]:
     offers = Registry().names(kind)
-    return [CompletionItem(offer.name, help=str(offer)) for offer in offers if offer.name.startswith(incomplete)]
+    return [_item(offer.name, help=str(offer)) for offer in offers if offer.name.startswith(incomplete)]
 
 
 def _complete_setting(
     setting: Setting,
 ) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
     words = log.SINKS if setting.parse is log.check_sink else _words(setting.parse)
-    return lambda ctx, param, incomplete: [CompletionItem(word) for word in words if word.startswith(incomplete)]
+    return lambda ctx, param, incomplete: [_item(word) for word in words if word.startswith(incomplete)]
 
 
 def _complete_file(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    return [CompletionItem(incomplete, type="file")]
+    return [_item(incomplete, type="file")]
 
 
 def _complete_parameter(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -228,12 +236,12 @@ def _complete_parameter(ctx: click.Context, param: click.Parameter, incomplete: 
     declared = {key: parameter for unit in units for key, parameter in unit.cls.parameters.items()}
     key, equals, start = incomplete.partition("=")
     if equals:  # zsh and fish
-        return [CompletionItem(f"{key}={word}") for word in _choices(declared, key) if word.startswith(start)]
+        return [_item(f"{key}={word}") for word in _choices(declared, key) if word.startswith(start)]
     # bash makes three words of key=value; while there is no value yet, click takes the = away.
     before = [word for word in ctx.params.get("words") or () if word != "="][-1:]
     words = [word for key in before for word in _choices(declared, key) if word.startswith(incomplete)]
-    keys = [CompletionItem(f"{key}=", help=declared[key].help) for key in declared if key.startswith(incomplete)]
-    return [*map(CompletionItem, words), *([] if words else keys)]
+    keys = [_item(f"{key}=", help=declared[key].help) for key in declared if key.startswith(incomplete)]
+    return [*map(_item, words), *([] if words else keys)]
 
 
 def _choices(declared: Mapping[str, Parameter[Any]], key: str) -> Sequence[str]:

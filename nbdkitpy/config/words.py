@@ -26,7 +26,6 @@ __all__ = [
 Assignment: TypeAlias = tuple[str | None, str]
 
 _KEY_VALUE = re.compile(r"([A-Za-z][A-Za-z0-9._-]*)=(.*)", re.ASCII | re.DOTALL)
-_DEBUG_FLAG = re.compile(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_.-]+)=(.*)", re.ASCII | re.DOTALL)
 _C_INT = integer(-(1 << 31), (1 << 31) - 1)
 
 #: What a bare word sets if it comes first and the plugin has no magic parameter.
@@ -50,7 +49,7 @@ def parse_debug_flag(text: str) -> DebugFlag:
     Raises:
         ValueError: it is not of that form.
     """
-    match = _DEBUG_FLAG.fullmatch(text)
+    match = re.fullmatch(r"([A-Za-z0-9_-]+)\.([A-Za-z0-9_.-]+)=(.*)", text, re.ASCII | re.DOTALL)
     if match is None:
         raise ValueError("NAME.FLAG=N, where N is an integer")
     return DebugFlag(match[1], match[2], _C_INT(match[3]))
