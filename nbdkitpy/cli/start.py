@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -194,6 +195,8 @@ def _launch(
 ) -> int:
     from nbdkitpy.server.launch import launch
 
+    gc.freeze()  # what is there by now stays: no collection has to go through it, the first one of all or later ones
+    gc.enable()  # it has been off since main
     return launch(
         server,
         stack,
