@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.interop.harness import DEBIANS_PYTHON, Servers, Tool, missing
+from tests.interop.sidebyside import SideBySide
 
 
 @pytest.fixture
@@ -56,3 +57,9 @@ def libnbd() -> None:
         subprocess.run([DEBIANS_PYTHON, "-c", "import nbd"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         missing(f"{DEBIANS_PYTHON} has no module nbd (Debian's package python3-libnbd)")
+
+
+@pytest.fixture
+def side_by_side(serve: Servers, tmp_path: Path, libnbd: None) -> SideBySide:
+    """Compares us with the real nbdkit."""
+    return SideBySide(serve, tmp_path)
