@@ -1,7 +1,7 @@
 """Sends the requests that standard input lists as JSON, one after the other: requests.py URI.
 
-Each is a list of verb, length, offset, names of flags, and seed of the data. Prints as JSON what the server offers, what
-became of each request, and the hash of what the export holds at the end; or null if the export cannot be opened.
+Each is a list of verb, length, offset, names of flags, and seed of the data. Prints as JSON what the server offers,
+what became of each request, and the hash of what the export holds at the end; or null if the export cannot be opened.
 """
 
 import hashlib
