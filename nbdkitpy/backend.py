@@ -393,11 +393,15 @@ class Backend:
         Raises:
             ConfigError: the value is not right.
         """
-        parameter = self.parameters.get(key)
+        parameter = self.parameters.get(self.canonical_key(key))
         if parameter is None:
             return False
         parameter.accept(self, value)
         return True
+
+    def canonical_key(self, key: str) -> str:
+        """Return the key of the parameter that has `key` as an alias, or else `key` itself."""
+        return next((own for own, parameter in self.parameters.items() if key in parameter.aliases), key)
 
     def config_complete(self) -> None:
         """Check the parameters together, when all have been given.

@@ -58,6 +58,7 @@ class Parameter(Generic[T]):
         secret: The value is never shown: not in messages, not in dumps.
         live: A new value may be set while clients are served; see :meth:`Backend.reload`.
         key: The name on the command line, if it is not the attribute's with ``-`` for ``_``.
+        aliases: Other names of it, which are taken too.
         metavar: How ``--help`` calls the value; by default after the parser: ``parse_size`` gives ``SIZE``.
         help: One sentence for ``--help`` and the documentation.
     """
@@ -75,6 +76,7 @@ class Parameter(Generic[T]):
         secret: bool = False,
         live: bool = False,
         key: str = "",
+        aliases: Iterable[str] = (),
         metavar: str = "",
         help: str = "",
     ) -> None: ...
@@ -89,6 +91,7 @@ class Parameter(Generic[T]):
         secret: bool = False,
         live: bool = False,
         key: str = "",
+        aliases: Iterable[str] = (),
         metavar: str = "",
         help: str = "",
     ) -> None: ...
@@ -101,6 +104,7 @@ class Parameter(Generic[T]):
         secret: bool = False,
         live: bool = False,
         key: str = "",
+        aliases: Iterable[str] = (),
         metavar: str = "",
         help: str = "",
     ) -> None: ...
@@ -114,6 +118,7 @@ class Parameter(Generic[T]):
         secret: bool = False,
         live: bool = False,
         key: str = "",
+        aliases: Iterable[str] = (),
         metavar: str = "",
         help: str = "",
     ) -> None:
@@ -124,6 +129,7 @@ class Parameter(Generic[T]):
         self.secret = secret
         self.live = live
         self.key = key
+        self.aliases = tuple(aliases)
         self.metavar = metavar or _metavar(parse)
         self.help = help
         self.attribute = ""
@@ -196,6 +202,7 @@ class Repeated(Parameter[tuple[T, ...]]):
         magic: bool = False,
         live: bool = False,
         key: str = "",
+        aliases: Iterable[str] = (),
         metavar: str = "",
         help: str = "",
     ) -> None:
@@ -206,6 +213,7 @@ class Repeated(Parameter[tuple[T, ...]]):
             magic=magic,
             live=live,
             key=key,
+            aliases=aliases,
             metavar=metavar or _metavar(parse),
             help=help,
         )

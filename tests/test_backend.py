@@ -426,6 +426,19 @@ def test_config_takes_declared_parameters_only() -> None:
     assert (disk.size, disk.block_length, disk.word) == (1 << 20, 5, ())
 
 
+def test_a_parameter_is_known_by_its_aliases_too() -> None:
+    class Renamed(Disk):
+        name = "renamed"
+        zero_mode = Parameter(parse_string, aliases=("zeromode",))
+        words = Repeated(parse_string, aliases=("word-list",))
+
+    disk = Renamed()
+
+    assert disk.config("zeromode", "a") is disk.config("word-list", "b") is disk.config("words", "c") is True
+    assert (disk.zero_mode, disk.words) == ("a", ("b", "c"))
+    assert [disk.canonical_key(key) for key in ("zeromode", "zero-mode", "other")] == ["zero-mode"] * 2 + ["other"]
+
+
 def test_config_complete_misses_what_is_required() -> None:
     disk = Disk()
 

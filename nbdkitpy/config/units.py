@@ -93,7 +93,8 @@ def configure(
     """
     given: dict[Place, Given] = {}
     for key, value in with_keys(assignments, name, stack.plugin.parameters):
-        place = stack.config(key, value), key
+        layer = stack.config(key, value)
+        place = layer, layer.canonical_key(key)
         before = given.get(place, Given(()))
         given[place] = Given((*before.values, value), is_array=bool(before.values))
     by_command_line = frozenset(given)
@@ -106,8 +107,23 @@ def configure(
 
 
 def tables_of(stack: Stack, tables: Sequence[UnitTable]) -> Iterator[tuple[Backend, UnitTable]]:
-    """Yield each layer that has a table with it, outermost first."""
-    yield from zip(stack.layers[len(stack.layers) - len(tables) :], tables)
+    """Yield each layer that has a table with it, outermost first. Aliases in it are replaced by the keys.
+
+    Raises:
+        ConfigError: a table gives one parameter by two names.
+    """
+    for layer, table in zip(stack.layers[len(stack.layers) - len(tables) :], tables):
+        yield layer, _without_aliases(layer, table)
+
+
+def _without_aliases(layer: Backend, table: UnitTable) -> UnitTable:
+    parameters: dict[str, Given] = {}
+    for name, given in table.parameters.items():
+        key = layer.canonical_key(name)
+        if key in parameters:
+            raise ConfigError(f"{table.where}: {key} is given twice, by different names")
+        parameters[key] = given
+    return dataclasses.replace(table, parameters=parameters)
 
 
 def _give(layer: Backend, key: str, table: UnitTable) -> None:

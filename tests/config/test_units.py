@@ -28,7 +28,7 @@ class Disk(Plugin):
     size = Parameter(parse_size, magic=True)
     tag = Repeated(parse_string)
     password = Parameter(read_password, secret=True)
-    limit = Parameter(integer(0, 9))
+    limit = Parameter(integer(0, 9), aliases=("maximum",))
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,6 +116,21 @@ def test_parameters_that_are_not_declared_are_given_one_by_one(setup: Setup) -> 
     configure(setup.stack, "disk", [], [table("disk", x_a=array("1", "2"), x_b="3")])
 
     assert setup.disk.others == [("x-a", "1"), ("x-a", "2"), ("x-b", "3")]
+
+
+def test_a_word_replaces_what_the_file_gives_by_another_name(setup: Setup) -> None:
+    configured = configure(setup.stack, "disk", [("maximum", "5")], [table("disk", limit="6")])
+
+    assert setup.disk.limit == 5
+    assert list(configured.given) == [(setup.disk, "limit")]
+
+
+def test_a_file_may_use_either_name_but_not_both(setup: Setup) -> None:
+    configure(setup.stack, "disk", [], [table("disk", maximum="6")])
+
+    assert setup.disk.limit == 6
+    with pytest.raises(ConfigError, match=r"^FILE: \[disk\]: limit is given twice, by different names$"):
+        configure(setup.stack, "disk", [], [table("disk", maximum="6", limit="6")])
 
 
 def test_an_empty_array_gives_nothing(setup: Setup) -> None:
