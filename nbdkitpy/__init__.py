@@ -37,6 +37,7 @@ from nbdkitpy.parameters import (
     parse_string,
     read_password,
 )
+from nbdkitpy.ranges import range_of
 
 __version__ = "0.1.0"
 
@@ -74,5 +75,6 @@ __all__ = [
     "parse_probability",
     "parse_size",
     "parse_string",
+    "range_of",
     "read_password",
 ]

@@ -15,7 +15,7 @@ LAYERS = (
     {"config"},
     {"server", "registry"},
     {"protocol", "stack", ""},  # "" is the package's own __init__.py, for its version
-    {"hookspecs"},
+    {"hookspecs", "ranges"},
     {"backend"},
     {"distributions", "extents", "log", "parameters"},
     {"exceptions"},
