@@ -10,6 +10,7 @@ from nbdkitpy.backend import VERBS, Buffer, FilterHandle, Handle
 
 __all__ = ["range_of"]
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -61,8 +62,8 @@ class _ShiftedHandle(_ShorterHandle):
         super().__init__(next, size)
         self._start = start
         self.sparse = next.sparse
-        if next.pread_nowait is not None:
-            self.pread_nowait = _shifted(next.pread_nowait, start)
+        if next.pread_into is not None:
+            self.pread_into = _shifted(next.pread_into, start)
         if next.file_range is not None:
             self.file_range = _shifted(next.file_range, start)
 
@@ -87,5 +88,5 @@ class _ShiftedHandle(_ShorterHandle):
             yield position - start, length, kind
 
 
-def _shifted(read: Callable[[int, int], T], start: int) -> Callable[[int, int], T]:
-    return lambda count, offset: read(count, offset + start)
+def _shifted(read: Callable[[S, int], T], start: int) -> Callable[[S, int], T]:
+    return lambda subject, offset: read(subject, offset + start)

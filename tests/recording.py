@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from nbdkitpy import Buffer, Client, ExtentType, FileRange, Filter, FilterHandle, Handle, Plugin, ThreadModel
+from nbdkitpy import Client, ExtentType, FileRange, Filter, FilterHandle, Handle, Plugin, ThreadModel
 from nbdkitpy.backend import VERBS
 from nbdkitpy.stack import OpenExport, Stack
 from tests.serving import NoServer
@@ -13,7 +13,7 @@ from tests.serving import NoServer
 SIZE = 1000
 
 #: What a handle can be asked for by a client, and what makes reads fast.
-EVERYTHING = (*VERBS, "inline", "sparse", "pread_nowait", "file_range")
+EVERYTHING = (*VERBS, "inline", "sparse", "pread_into", "file_range")
 
 
 class Recorder(Handle):
@@ -29,7 +29,7 @@ class Recorder(Handle):
     def __init__(self, **answers: object) -> None:
         self.calls: list[tuple[Any, ...]] = []
         self.failure: Exception | None = None
-        self.pread_nowait = self.nowait
+        self.pread_into = self.into
         self.file_range = self.position
         for name, answer in answers.items():
             setattr(self, name, lambda answer=answer: answer)
@@ -42,9 +42,9 @@ class Recorder(Handle):
     def get_size(self) -> int:
         return SIZE
 
-    def nowait(self, count: int, offset: int) -> Buffer | None:
-        self._record("pread_nowait", count, offset)
-        return None
+    def into(self, buffer: memoryview, offset: int) -> bool:
+        self._record("pread_into", len(buffer), offset)
+        return False
 
     def position(self, count: int, offset: int) -> FileRange | None:
         self._record("file_range", count, offset)

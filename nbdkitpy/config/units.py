@@ -123,7 +123,7 @@ def _without_aliases(layer: Backend, table: UnitTable) -> UnitTable:
         if key in parameters:
             raise ConfigError(f"{table.where}: {key} is given twice, by different names")
         parameters[key] = given
-    return dataclasses.replace(table, parameters=parameters)
+    return table._replace(parameters=parameters)
 
 
 def _give(layer: Backend, key: str, table: UnitTable) -> None:

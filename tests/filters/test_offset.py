@@ -55,7 +55,7 @@ def test_reads_keep_their_shortcuts_and_all_stays_inline() -> None:
 
     assert export.handle.inline == handle.inline
     assert export.handle.sparse
-    assert export.handle.pread_nowait is not None
+    assert export.handle.pread_into is not None
     assert export.handle.file_range is not None
     assert export.handle.file_range(1, 2) == (7, 10_102)
 
