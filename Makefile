@@ -11,6 +11,10 @@ MADE := $(VENV)/made-with-$(subst /,-,$(PYTHON))
 # The real clients that the interop tests drive, and what those tests need besides, as Debian calls them.
 CLIENTS := nbdkit nbdkit-plugin-python libnbd-bin python3-libnbd qemu-utils nbd-client fio socat strace gnutls-bin systemd
 
+# What the proof of `make bench` is made with. nbd-server, another peer, is not here: its package starts a service.
+BENCHMARKED := nbdkit nbdkit-plugin-python libnbd-bin fio gcc libc6-dev
+BENCH ?= --suite proof
+
 # What makes and runs the virtual machine of `make test-vm`.
 MACHINE := qemu-system-x86 mmdebstrap genext2fs e2fsprogs
 
@@ -49,8 +53,9 @@ docs: $(VENV)/docs  ## Make the site and the manual pages, in build/html and bui
 	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees -b html . build/html
 	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees -b man . build/man
 
-bench: $(VENV)/runs clients  ## Compare with nbdkit, side by side
-	$(BIN)/python benchmarks/compare.py
+bench: $(VENV)/runs  ## Compare with nbdkit, side by side, or what BENCH says: make bench BENCH="--peer qemu-nbd"
+	@dpkg -s $(BENCHMARKED) >/dev/null 2>&1 || $(call apt,$(BENCHMARKED))
+	$(BIN)/python benchmarks/compare.py $(BENCH)
 
 test-vm: $(VENV)/runs  ## Run the tests of vsock, kernel and systemd in a virtual machine; K=WORD selects some
 	@dpkg -s $(MACHINE) >/dev/null 2>&1 || $(call apt,--no-install-recommends $(MACHINE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 # What a client may take beyond the time that it was told to run.
 GRACE_SECONDS = 60.0
@@ -16,10 +17,11 @@ class BenchmarkError(Exception):
 
 @dataclass(frozen=True)
 class Target:
-    """What a client needs to know of a server: its URI, and the size of its disk in bytes."""
+    """What a client needs to know of a server: its URI, the size of its disk in bytes, and the image it began as."""
 
     uri: str
     size: int
+    image: Path
 
 
 def run_client(command: Sequence[str], seconds: float) -> str:

@@ -1,7 +1,8 @@
-"""Compare nbdkitpy with another NBD server, side by side on this machine.
+"""Compare nbdkitpy with other NBD servers, side by side on this machine.
 
-Both serve the same data at the same time. Each workload runs on the one, then on the other, then on the one again;
-what is reported is the median of the ratios of neighbours, so that what else the machine does hits both alike.
+All serve the same data at the same time. Each workload runs on the one, then on the other, then on the one again; what
+is reported is the median of the ratios of runs that are near each other, so that what else the machine does hits all
+alike.
 """
 
 from __future__ import annotations

@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 MIB = 1 << 20
+MB = 1_000_000
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Something to compare; `more` says whether more of it is better."""
+
+    name: str
+    unit: str
+    more: bool = False
+
+
+#: What one run of a workload on one server gave: values by the names of metrics. What is not known is not in it.
+Sample = Mapping[str, float]
+
+THROUGHPUT = Metric("throughput", "MiB/s", more=True)
+CPU = Metric("CPU", "ms/MiB")
+P99 = Metric("p99", "µs")
+TRANSFER_METRICS = (THROUGHPUT, CPU, P99)
 
 
 @dataclass(frozen=True)
@@ -17,52 +36,44 @@ class Transfer:
     seconds: float
     p99: float | None = None
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One run of one workload on one server, which spent `cpu` seconds on it."""
-
-    transfer: Transfer
-    cpu: float
-
-
-@dataclass(frozen=True)
-class Metric:
-    """Something to compare, and how to get it out of a sample."""
-
-    name: str
-    unit: str
-    of: Callable[[Sample], float | None]
-
-
-METRICS = (
-    Metric("throughput", "MiB/s", lambda sample: ratio(sample.transfer.bytes / MIB, sample.transfer.seconds)),
-    Metric("CPU", "ms/MiB", lambda sample: ratio(1000 * sample.cpu, sample.transfer.bytes / MIB)),
-    Metric("p99", "µs", lambda sample: sample.transfer.p99),
-)
+    def sample(self, cpu: float) -> Sample:
+        """Return the figures of this, for which the server spent `cpu` seconds."""
+        known = {
+            THROUGHPUT.name: ratio(self.bytes / MIB, self.seconds),
+            CPU.name: ratio(1000 * cpu, self.bytes / MIB),
+            P99.name: self.p99,
+        }
+        return {name: value for name, value in known.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Medians of one metric: of ours ÷ peer's, taken pair by pair, and of each side."""
+    """One metric: the median of ours ÷ peer's, taken pair by pair, the least and the most, and the median of each."""
 
     ratio: float | None
+    low: float | None
+    high: float | None
     ours: float | None
     peer: float | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A workload's samples: pairs of ours and the peer's that ran one after the other."""
+    """A workload's samples of `metrics`: pairs of ours and the peer's that ran shortly one after the other."""
 
     workload: str
+    peer: str
+    metrics: Sequence[Metric]
     pairs: Sequence[tuple[Sample, Sample]]
 
     def figure(self, metric: Metric) -> Figure:
-        """Return the medians of `metric`."""
-        values = [(metric.of(ours), metric.of(peer)) for ours, peer in self.pairs]
+        """Return what is known of `metric`."""
+        values = [(ours.get(metric.name), peer.get(metric.name)) for ours, peer in self.pairs]
+        ratios = [each for each in (ratio(*pair) for pair in values) if each is not None]
         return Figure(
-            median(ratio(ours, peer) for ours, peer in values),
+            median(ratios),
+            min(ratios, default=None),
+            max(ratios, default=None),
             median(ours for ours, _ in values),
             median(peer for _, peer in values),
         )
@@ -70,7 +81,7 @@ class Comparison:
 
 def ratio(numerator: float | None, denominator: float | None) -> float | None:
     """Return the quotient, or None where it is not known or without meaning."""
-    return numerator / denominator if numerator is not None and denominator else None
+    return numerator / denominator if numerator is not None and denominator and denominator > 0 else None
 
 
 def median(values: Iterable[float | None]) -> float | None:

@@ -1,176 +1,179 @@
-"""The servers that are compared: how they are started, and ended."""
+"""The servers that are compared, and how each is called."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import socket
-import subprocess
+import shutil
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from urllib.parse import quote
 
-from benchmarks.clients import BenchmarkError, Target
-from benchmarks.figures import MIB
-from benchmarks.wire import (
-    CMD_DISC,
-    EXPORT_REPLY,
-    FIXED_NEWSTYLE_NO_ZEROES,
-    FLAGS_AND_OPTION,
-    GREETING,
-    IHAVEOPT,
-    OPT_EXPORT_NAME,
-    REQUEST,
-    REQUEST_MAGIC,
-    receive,
-)
+from benchmarks.clients import BenchmarkError, run_client, version
+from benchmarks.place import Place
 
-NBDKITPY = (sys.executable, "-m", "nbdkitpy")
-# Filters that let everything through, in the order in which --filters N takes them.
-FILTERS = (("ip", "allow=all"), ("limit", "limit=64"), ("exitlast", None))
-START_SECONDS = 10.0
-STOP_SECONDS = 10.0
+HERE = Path(__file__).resolve().parent
+BARE = HERE.parent / "build" / "bare"
+NBDKIT_SCRIPT = HERE / "plugins" / "nbdkit_bytearray.py"
+SYSTEM = Path("/")
+
+#: Filters that let everything through, in the order in which --filters N takes them. All parameters go to the outermost
+#: filter that knows them: that is why only `ip`, which needs none, is there more than once.
+FILTERS = ("ip", "limit", "exitlast", *["ip"] * 7)
+FILTER_PARAMETERS = {"ip": "allow=all", "limit": "limit=2000"}
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What both servers are to serve, and how. `size` is the image's, in bytes."""
+class Contender:
+    """A server to compare.
 
-    image: Path
-    size: int
+    Attributes:
+        name: For reports.
+        program: The command, and what always comes after it.
+        arguments: Returns the rest of the command line, and writes the files that it names.
+        source: What is served; like is compared with like.
+        export: The name under which that is.
+        words: How the plugin is called that serves it, if the server has plugins.
+        filters: So many of :data:`FILTERS`, if it has those.
+        options: More of its options.
+        root: The directory that is its root directory.
+        environment: What it finds in its environment besides ours.
+        daemon: Whether it goes into the background, and leaves its process's number at the place.
+        says_version: The option with which it prints its version.
+    """
+
+    name: str
+    program: tuple[str, ...]
+    arguments: Callable[[Contender, Place], list[str]]
+    source: str = "file"
+    export: str = ""
+    words: Callable[[Place], Sequence[str]] = lambda place: ()
     filters: int = 0
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a server is to listen: a Unix socket, or a TCP port on loopback."""
-
-    path: str = ""
-    port: int = 0
+    options: tuple[str, ...] = ()
+    root: Path = SYSTEM
+    environment: Mapping[str, str] = field(default_factory=dict)
+    daemon: bool = False
+    says_version: str = "--version"
 
     @property
-    def uri(self) -> str:
-        return f"nbd+unix:///?socket={quote(self.path)}" if self.path else f"nbd://127.0.0.1:{self.port}"
+    def invocation(self) -> tuple[str, ...]:
+        """The program, in its root directory."""
+        return self.program if self.root == SYSTEM else ("chroot", str(self.root), *self.program)
 
-    def connect(self) -> socket.socket:
-        """Return a new connection."""
-        connection = socket.socket(socket.AF_UNIX if self.path else socket.AF_INET)
-        connection.settimeout(START_SECONDS)
-        try:
-            connection.connect(self.path or ("127.0.0.1", self.port))
-        except OSError:
-            connection.close()
-            raise
-        return connection
+    def command(self, place: Place) -> list[str]:
+        """Return the command line that serves a place."""
+        return [*self.invocation, *self.arguments(self, place.seen_from(self.root))]
+
+    def version(self) -> str:
+        """Return what the server says that it is."""
+        return version([*self.invocation, self.says_version])
 
 
-def nbdkit_command(program: Sequence[str], plugin: str, setup: Setup, address: Address) -> list[str]:
-    """Return the command line of nbdkit, which is nbdkitpy's too."""
-    listen = ["-U", address.path] if address.path else ["-i", "127.0.0.1", "-p", str(address.port)]
-    filters = FILTERS[: setup.filters]
-    source = {"file": str(setup.image), "memory": str(setup.size)}[plugin]
-    parameters = [parameter for _, parameter in filters if parameter]
-    return [*program, "-f", *listen, *(f"--filter={name}" for name, _ in filters), plugin, source, *parameters]
+# What is served
 
 
-def qemu_nbd_command(setup: Setup, address: Address) -> list[str]:
-    """Return the command line of qemu-nbd, which has no filters."""
-    listen = ["-k", address.path] if address.path else ["-b", "127.0.0.1", "-p", str(address.port)]
-    return ["qemu-nbd", "--persistent", "--shared=64", "--format=raw", *listen, str(setup.image)]
+def file_plugin(place: Place) -> Sequence[str]:
+    return "file", str(place.image)
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A server to compare with, the command that starts it, our plugin that does the same, and whether it filters."""
-
-    tool: str
-    command: Callable[[Setup, Address], list[str]]
-    plugin: str = "file"
-    filters: bool = True
+def memory_plugin(place: Place) -> Sequence[str]:
+    return "memory", str(place.size)
 
 
-PEERS = {
-    "nbdkit-file": Peer("nbdkit", partial(nbdkit_command, ["nbdkit"], "file")),
-    "nbdkit-memory": Peer("nbdkit", partial(nbdkit_command, ["nbdkit"], "memory"), plugin="memory"),
-    "qemu-nbd": Peer("qemu-nbd", qemu_nbd_command, filters=False),
+def null_plugin(place: Place) -> Sequence[str]:
+    return "null", str(place.size)
+
+
+def bytearray_plugin(place: Place) -> Sequence[str]:
+    return "bytearray", f"size={place.size}"
+
+
+def bytearray_script(place: Place, model: str) -> Sequence[str]:
+    # The place is in the server's root directory, and the script may not be.
+    return "python", str(place.directory / NBDKIT_SCRIPT.name), f"size={place.size}", f"model={model}"
+
+
+# How servers are called
+
+
+def nbdkit_arguments(contender: Contender, place: Place) -> list[str]:
+    """Return the options of nbdkit, which are nbdkitpy's too."""
+    listen = ["-i", "127.0.0.1", "-p", str(place.port)] if place.port else ["-U", str(place.path)]
+    filters = FILTERS[: contender.filters]
+    parameters = [FILTER_PARAMETERS[name] for name in dict.fromkeys(filters) if name in FILTER_PARAMETERS]
+    chosen = [*(f"--filter={name}" for name in filters), *contender.options]
+    return ["-f", *listen, *chosen, *contender.words(place), *parameters]
+
+
+def qemu_nbd_arguments(contender: Contender, place: Place) -> list[str]:
+    """Return the options of qemu-nbd."""
+    listen = ["-b", "127.0.0.1", "-p", str(place.port)] if place.port else ["-k", str(place.path)]
+    return ["--persistent", "--shared=2000", "--format=raw", *contender.options, *listen, str(place.image)]
+
+
+def nbd_server_arguments(contender: Contender, place: Place) -> list[str]:
+    """Return the options of nbd-server, which reads the rest from a file."""
+    listen = f"listenaddr = 127.0.0.1\nport = {place.port}" if place.port else f"unixsock = {place.path}"
+    place.config.write_text(f"[generic]\n{listen}\n[{contender.export}]\nexportname = {place.image}\n")
+    return ["-C", str(place.config), "-p", str(place.pid_file), *contender.options]
+
+
+def bare_arguments(contender: Contender, place: Place) -> list[str]:
+    """Return the options of our C program."""
+    return [*contender.options, str(place.port or place.path), str(place.image)]
+
+
+def build_bare() -> None:
+    """Compile our C program, if that has not been done since it was changed."""
+    source = HERE / "bare.c"
+    if BARE.exists() and BARE.stat().st_mtime >= source.stat().st_mtime:
+        return
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise BenchmarkError("not installed: cc, which bare.c is compiled with")
+    BARE.parent.mkdir(exist_ok=True)
+    run_client([compiler, "-O2", "-Wall", "-Wextra", "-pthread", "-o", str(BARE), str(source)], 0)
+
+
+def our_program() -> tuple[str, ...]:
+    """Return the command of nbdkitpy that belongs to this Python."""
+    script = Path(sys.executable).with_name("nbdkitpy")
+    return (str(script),) if script.exists() else (sys.executable, "-m", "nbdkitpy")
+
+
+def nbdkit(name: str, source: str, words: Callable[[Place], Sequence[str]]) -> Contender:
+    """Return nbdkit with a plugin."""
+    return Contender(f"nbdkit-{name}", ("nbdkit",), nbdkit_arguments, source, words=words)
+
+
+def ours(source: str) -> Contender:
+    """Return nbdkitpy, serving what the others do."""
+    # The plugin is that of a package which is found by its entry point, like any other.
+    environment = {"PYTHONPATH": str(NBDKIT_SCRIPT.parent)} if source == "bytearray" else {}
+    return Contender(
+        "ours", our_program(), nbdkit_arguments, source, words=OUR_PLUGINS[source], environment=environment
+    )
+
+
+OUR_PLUGINS: Mapping[str, Callable[[Place], Sequence[str]]] = {
+    "file": file_plugin,
+    "memory": memory_plugin,
+    "null": null_plugin,
+    "bytearray": bytearray_plugin,
 }
 
-
-@dataclass(frozen=True)
-class Server:
-    """A server that runs."""
-
-    pid: int
-    target: Target
-
-
-@contextlib.contextmanager
-def serving(command: Sequence[str], address: Address, size: int) -> Iterator[Server]:
-    """Run a server, with one idle client so that no filter takes it for forsaken, and end it in the end."""
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        try:
-            with idle_client(process, address):
-                yield Server(process.pid, Target(address.uri, size))
-        except (BenchmarkError, OSError) as error:
-            log.seek(0)
-            raise BenchmarkError(f"{error}\n{log.read()}".rstrip()) from error
-        finally:
-            end(process)
-
-
-def connected(process: subprocess.Popen[bytes], address: Address) -> socket.socket:
-    """Return a connection to a server that has just been started, as soon as it listens."""
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-            return address.connect()
-        time.sleep(0.01)
-    raise BenchmarkError(f"no server at {address.uri}")
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a server, by force if need be."""
-    process.terminate()
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def free_port() -> int:
-    """Return a TCP port that nobody has at this moment: nbdkit 1.32 cannot choose one itself."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
-
-
-@contextlib.contextmanager
-def idle_client(process: subprocess.Popen[bytes], address: Address) -> Iterator[None]:
-    """Wait until the server is there, and stay connected to its default export."""
-    with connected(process, address) as connection:
-        receive(connection, GREETING.size)
-        connection.sendall(FLAGS_AND_OPTION.pack(FIXED_NEWSTYLE_NO_ZEROES, IHAVEOPT, OPT_EXPORT_NAME, 0))
-        receive(connection, EXPORT_REPLY.size)
-        yield
-        # It may have ended already, and whoever notices says so better.
-        with contextlib.suppress(OSError):
-            connection.sendall(REQUEST.pack(REQUEST_MAGIC, 0, CMD_DISC, 0, 0, 0))
-
-
-def make_image(path: Path, size: int) -> None:
-    """Write `size` bytes of random data, a whole number of MiB, and leave them clean in the page cache."""
-    with path.open("wb") as file:
-        for _ in range(size // MIB):
-            file.write(os.urandom(MIB))
-        file.flush()
-        os.fsync(file.fileno())
-    with path.open("rb", buffering=0) as file:
-        while file.read(MIB):
-            pass
+PEERS: Mapping[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        nbdkit("file", "file", file_plugin),
+        nbdkit("memory", "memory", memory_plugin),
+        nbdkit("null", "null", null_plugin),
+        nbdkit("python", "bytearray", partial(bytearray_script, model="default")),
+        nbdkit("python-parallel", "bytearray", partial(bytearray_script, model="parallel")),
+        Contender("qemu-nbd", ("qemu-nbd",), qemu_nbd_arguments),
+        # In the foreground it serves but one client, and it has no export without a name.
+        Contender("nbd-server", ("nbd-server",), nbd_server_arguments, export="disk", daemon=True, says_version="-V"),
+        Contender("bare", (str(BARE),), bare_arguments),
+        Contender("ours", our_program(), nbdkit_arguments, words=file_plugin),
+    )
+}

@@ -1,127 +1,226 @@
-"""Test how the benchmark starts and ends servers."""
+"""Test how the benchmark calls servers, and those servers that are its own."""
 
+import contextlib
 import os
-import subprocess
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.clients import BenchmarkError, Target
+from benchmarks.clients import BenchmarkError
 from benchmarks.figures import MIB
-from benchmarks.processes import cpu_seconds
-from benchmarks.servers import (
-    NBDKITPY,
-    PEERS,
-    Address,
-    Setup,
-    end,
-    free_port,
-    make_image,
-    nbdkit_command,
-    qemu_nbd_command,
-    serving,
-)
+from benchmarks.place import Place
+from benchmarks.plan import Plan, workspace
+from benchmarks.servers import BARE, PEERS, Contender, build_bare, our_program, ours
+from benchmarks.service import Running, Service
+from nbdkitpy.protocol.constants import Command, NbdError
+from tests.nbdclient import NbdClient, Style
 
-IDLE = "import signal; print('ready', flush=True); signal.pause()"
+UNIX = Place(Path("/tmp"), 4096, "s")
+TCP = replace(UNIX, port=7)
+ON_LOOPBACK = ["-i", "127.0.0.1", "-p", "7"]
+
+
+def test_nbdkit_and_ours_are_called_alike() -> None:
+    arguments = ["-f", "-U", "/tmp/s", "--filter=ip", "--filter=limit", "-t", "1", "file", "/tmp/image"]
+    expected = [*arguments, "allow=all", "limit=2000"]
+
+    for contender in (ours("file"), PEERS["nbdkit-file"]):
+        command = replace(contender, filters=2, options=("-t", "1")).command(UNIX)
+
+        assert command == [*contender.program, *expected]
+
+
+def test_ten_filters_are_given_their_parameters_once() -> None:
+    command = replace(ours("file"), filters=10).command(UNIX)
+
+    assert [word for word in command if word.startswith("--filter=")] == [
+        "--filter=ip",
+        "--filter=limit",
+        "--filter=exitlast",
+        *["--filter=ip"] * 7,
+    ]
+    assert command[-2:] == ["allow=all", "limit=2000"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nbdkit-memory", ["memory", "4096"]),
+        ("nbdkit-null", ["null", "4096"]),
+        ("nbdkit-python", ["python", "/tmp/nbdkit_bytearray.py", "size=4096", "model=default"]),
+        ("nbdkit-python-parallel", ["python", "/tmp/nbdkit_bytearray.py", "size=4096", "model=parallel"]),
+    ],
+)
+def test_plugins_are_given_the_size_and_tcp_its_port(name: str, words: list[str]) -> None:
+    assert PEERS[name].command(TCP) == ["nbdkit", "-f", *ON_LOOPBACK, *words]
+
+
+def test_nbdkit_is_run_in_another_root_directory() -> None:
+    command = replace(PEERS["nbdkit-file"], root=Path("/srv/root")).command(Place(Path("/srv/root/tmp"), 4096, "s"))
+
+    assert command == ["chroot", "/srv/root", "nbdkit", "-f", "-U", "/tmp/s", "file", "/tmp/image"]
+
+
+@pytest.mark.parametrize(("place", "listen"), [(UNIX, ["-k", "/tmp/s"]), (TCP, ["-b", "127.0.0.1", "-p", "7"])])
+def test_qemu_nbd_serves_the_image_raw_to_many(place: Place, listen: list[str]) -> None:
+    assert PEERS["qemu-nbd"].command(place) == [
+        "qemu-nbd",
+        "--persistent",
+        "--shared=2000",
+        "--format=raw",
+        *listen,
+        "/tmp/image",
+    ]
+
+
+@pytest.mark.parametrize(("port", "listen"), [(0, "unixsock = {}/s"), (7, "listenaddr = 127.0.0.1\nport = 7")])
+def test_nbd_server_reads_where_to_listen(tmp_path: Path, port: int, listen: str) -> None:
+    command = PEERS["nbd-server"].command(Place(tmp_path, 4096, "s", port))
+
+    assert command == ["nbd-server", "-C", f"{tmp_path}/s.conf", "-p", f"{tmp_path}/s.pid"]
+    assert (tmp_path / "s.conf").read_text() == (
+        f"[generic]\n{listen.format(tmp_path)}\n[disk]\nexportname = {tmp_path}/image\n"
+    )
+
+
+def test_peers_serve_what_ours_can_serve_too() -> None:
+    for peer in PEERS.values():
+        assert ours(peer.source).source == peer.source
+
+
+def test_our_program_is_that_of_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert our_program() == (str(Path(sys.executable).with_name("nbdkitpy")),)
+
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    assert our_program() == (str(tmp_path / "python"), "-m", "nbdkitpy")
 
 
 @contextmanager
-def python(code: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Run Python code that prints a line when it is ready."""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        assert process.stdout.readline()
-        try:
-            yield process
-        finally:
-            process.kill()
+def served(contender: Contender, *, tcp: bool = False) -> Iterator[tuple[Running, Path]]:
+    """Serve a random image of 1 MiB."""
+    plan = Plan([], size=MIB)
+    with workspace(plan) as directory, contextlib.ExitStack() as ends:
+        service = Service(contender, directory, plan.size, tcp=tcp, ends=ends)
+        yield ends.enter_context(service.launch()), directory / "image"
 
 
-def test_nbdkit_and_ours_are_started_alike() -> None:
-    setup = Setup(Path("/tmp/image"), 4 * MIB, filters=2)
-    arguments = ["-f", "-U", "/tmp/s", "--filter=ip", "--filter=limit", "file", "/tmp/image", "allow=all", "limit=64"]
-
-    ours = nbdkit_command(NBDKITPY, "file", setup, Address(path="/tmp/s"))
-    peer = PEERS["nbdkit-file"].command(setup, Address(path="/tmp/s"))
-
-    assert ours == [sys.executable, "-m", "nbdkitpy", *arguments]
-    assert peer == ["nbdkit", *arguments]
+@contextmanager
+def client(running: Running, style: Style) -> Iterator[NbdClient]:
+    with NbdClient(running.connect()) as connected:
+        yield connected.negotiate(style)
 
 
-def test_memory_is_given_its_size_and_tcp_its_port() -> None:
-    command = PEERS["nbdkit-memory"].command(Setup(Path("/tmp/image"), 4096), Address(port=7))
-
-    assert command == ["nbdkit", "-f", "-i", "127.0.0.1", "-p", "7", "memory", "4096"]
-
-
-@pytest.mark.parametrize(
-    ("address", "listen"),
-    [(Address(path="/tmp/s"), ["-k", "/tmp/s"]), (Address(port=7), ["-b", "127.0.0.1", "-p", "7"])],
-)
-def test_qemu_nbd_serves_the_image_raw_to_many(address: Address, listen: list[str]) -> None:
-    command = qemu_nbd_command(Setup(Path("/tmp/image"), 4096, filters=3), address)
-
-    assert command == ["qemu-nbd", "--persistent", "--shared=64", "--format=raw", *listen, "/tmp/image"]
+@pytest.fixture(scope="session")
+def bare() -> Contender:
+    if shutil.which("cc") is None and "CI" not in os.environ:
+        pytest.skip("not installed: cc")
+    build_bare()
+    return PEERS["bare"]
 
 
-@pytest.mark.parametrize(
-    ("address", "uri"),
-    [(Address(path="/tmp/a b/s"), "nbd+unix:///?socket=/tmp/a%20b/s"), (Address(port=7), "nbd://127.0.0.1:7")],
-)
-def test_address_has_a_uri(address: Address, uri: str) -> None:
-    assert address.uri == uri
+STYLES = pytest.mark.parametrize("style", [Style.SIMPLE, Style.STRUCTURED])
 
 
+@STYLES
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
-def test_server_runs_until_the_end_though_its_filter_would_end_it(tmp_path: Path, tcp: bool) -> None:
-    address = Address(port=free_port()) if tcp else Address(path=str(tmp_path / "s"))
-    setup = Setup(tmp_path / "image", MIB, filters=3)
+def test_bare_reads_what_is_in_the_image(bare: Contender, style: Style, tcp: bool) -> None:
+    with served(bare, tcp=tcp) as (running, image), client(running, style) as connection:
+        content = image.read_bytes()
 
-    with serving(nbdkit_command(NBDKITPY, "memory", setup, address), address, setup.size) as server:
-        for _ in range(2):
-            address.connect().close()
-        assert cpu_seconds(server.pid) > 0
-        assert server.target == Target(address.uri, MIB)
-
-    with pytest.raises(ProcessLookupError):
-        os.kill(server.pid, 0)
+        for offset, length in [(0, 512), (7, 4096), (1000, 40000), (0, MIB)]:
+            assert connection.read(offset, length) == content[offset : offset + length]
 
 
-def test_server_that_does_not_start_is_an_error_with_what_it_said(tmp_path: Path) -> None:
-    address = Address(path=str(tmp_path / "s"))
+@STYLES
+def test_bare_answers_a_batch_of_requests_of_all_sizes(bare: Contender, style: Style) -> None:
+    with served(bare) as (running, image), client(running, style) as connection:
+        content = image.read_bytes()
+        ranges = [(1000 * n, 100 + 500 * n) for n in range(100)]
 
-    with (
-        pytest.raises(BenchmarkError, match=r"(?s)no server at .*no such disk"),
-        serving(["sh", "-c", "echo no such disk; exit 1"], address, MIB),
-    ):
-        pass
+        with connection.batched():
+            cookies = [connection.send(Command.READ, offset, length) for offset, length in ranges]
+        replies = connection.replies(len(ranges))
 
-
-def test_failing_client_is_an_error_with_what_the_server_said(tmp_path: Path) -> None:
-    address = Address(path=str(tmp_path / "s"))
-    command = [*NBDKITPY, "-f", "-v", "-U", address.path, "null", "4096"]
-
-    with pytest.raises(BenchmarkError, match=r"(?s)client went wrong\n.*debug"), serving(command, address, 4096):
-        raise BenchmarkError("client went wrong")
+        assert [replies[cookie].data for cookie in cookies] == [content[a : a + length] for a, length in ranges]
 
 
-def test_server_that_ignores_the_signal_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.servers.STOP_SECONDS", 0.1)
+@STYLES
+def test_bare_answers_more_requests_than_fit_into_one_gather_write(bare: Contender, style: Style) -> None:
+    with served(bare) as (running, _), client(running, style) as connection:
+        with connection.batched():
+            for _ in range(3000):
+                connection.send(Command.READ, 0, 16)
 
-    with python("import signal; signal.signal(15, signal.SIG_IGN)\n" + IDLE) as process:
-        end(process)
-
-    assert process.returncode == -9
+        assert len(connection.replies(3000)) == 3000
 
 
-def test_image_is_random_and_of_the_size_asked_for(tmp_path: Path) -> None:
-    make_image(tmp_path / "image", 2 * MIB)
+@STYLES
+@pytest.mark.parametrize("length", [512, 100_000, 400_000])
+def test_bare_writes_what_it_is_sent(bare: Contender, style: Style, length: int) -> None:
+    data = os.urandom(length)
+    with served(bare) as (running, image), client(running, style) as connection:
+        for offset in (5, 500_000):
+            connection.write(offset, data)
+        reply = connection.call(Command.FLUSH)
 
-    data = (tmp_path / "image").read_bytes()
+        content = image.read_bytes()
 
-    assert len(data) == 2 * MIB
-    assert data[:MIB] != data[MIB:]
-    assert len(set(data)) == 256
+    assert not reply.error
+    assert content[5 : 5 + length] == content[500_000 : 500_000 + length] == data
+    assert len(content) == MIB
+
+
+@STYLES
+def test_bare_refuses_what_is_beyond_the_end_and_stays_in_step(bare: Contender, style: Style) -> None:
+    with served(bare) as (running, image), client(running, style) as connection:
+        replies = [
+            connection.call(Command.READ, MIB - 1, 2),
+            connection.call(Command.WRITE, MIB, 10, data=bytes(10)),
+            connection.call(Command.TRIM, 0, 512),
+        ]
+
+        assert [reply.error for reply in replies] == [NbdError.EINVAL] * 3
+        assert connection.read(0, 4096) == image.read_bytes()[:4096]
+
+
+def test_bare_says_which_version_it_is(bare: Contender) -> None:
+    assert bare.version() == "bare, a loop in C"
+
+
+def test_bare_is_not_compiled_without_need(bare: Contender, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    before = BARE.stat().st_mtime_ns
+
+    build_bare()
+
+    assert BARE.stat().st_mtime_ns == before
+
+
+def test_missing_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("benchmarks.servers.BARE", tmp_path / "bare")
+
+    with pytest.raises(BenchmarkError, match="not installed: cc"):
+        build_bare()
+
+
+IN_NBDKIT = [
+    pytest.param(PEERS[name], marks=pytest.mark.interop) for name in ("nbdkit-python", "nbdkit-python-parallel")
+]
+
+
+@pytest.mark.parametrize("contender", [ours("bytearray"), *IN_NBDKIT], ids=lambda contender: contender.name)
+def test_disk_in_a_bytearray_gives_back_what_was_written(contender: Contender) -> None:
+    if shutil.which(contender.invocation[0]) is None and "CI" not in os.environ:
+        pytest.skip(f"not installed: {contender.invocation[0]}")
+    data = os.urandom(5000)
+    with served(contender) as (running, _), client(running, Style.STRUCTURED) as connection:
+        connection.write(1000, data)
+
+        assert connection.size == MIB
+        assert connection.read(0, 10000) == bytes(1000) + data + bytes(4000)
