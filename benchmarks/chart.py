@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from benchmarks.figures import CPU, THROUGHPUT, Comparison, Figure, Metric
+from benchmarks.figures import CPU, LIMIT, THROUGHPUT, Comparison, Figure, Metric
 
-WIDTH = 960
-LABELS = 340
+WIDTH = 1000
+LABELS = 400
 MARGIN = 90  # on the right, for the figures
 LINE = 20
 BAR = 12
@@ -26,6 +26,7 @@ STYLE = """
   .one { stroke: #59636e; }
   .good { fill: #2da44e; }
   .bad { fill: #cf222e; }
+  .limit { fill: #8c959f; }
   .spread { stroke: #1f2328; }
   @media (prefers-color-scheme: dark) {
     text { fill: #f0f6fc; }
@@ -34,6 +35,7 @@ STYLE = """
     .one { stroke: #9198a1; }
     .good { fill: #3fb950; }
     .bad { fill: #f85149; }
+    .limit { fill: #656c76; }
     .spread { stroke: #f0f6fc; }
   }
 """
@@ -68,9 +70,12 @@ class Bar:
     high: float
 
     @property
-    def is_good(self) -> bool:
-        """Whether ours is at least as good."""
-        return self.ratio >= 1 if self.more else self.ratio <= 1
+    def kind(self) -> str:
+        """Whether ours is at least as good; the limit is not there to be beaten."""
+        if self.peer == LIMIT:
+            return "limit"
+        good = self.ratio >= 1 if self.more else self.ratio <= 1
+        return "good" if good else "bad"
 
 
 def bars(comparisons: Sequence[Comparison], metric: Metric) -> Iterator[Bar]:
@@ -129,10 +134,9 @@ def drawn(bar: Bar, scale: Scale, y: int) -> list[str]:
     """Return the lines of one bar: whom it is against, the bar, its spread, and the number."""
     left, right = sorted((scale.x(1), scale.x(bar.ratio)))
     middle = y + BAR / 2
-    kind = "good" if bar.is_good else "bad"
     return [
         text(LABELS - 8, y, bar.peer, "quiet", "end"),
-        f'<rect class="{kind}" x="{left:.1f}" y="{y}" width="{right - left:.1f}" height="{BAR}"/>',
+        f'<rect class="{bar.kind}" x="{left:.1f}" y="{y}" width="{right - left:.1f}" height="{BAR}"/>',
         f'<line class="spread" x1="{scale.x(bar.low):.1f}" x2="{scale.x(bar.high):.1f}" y1="{middle}" y2="{middle}"/>',
         text(WIDTH - 8, y, f"{bar.ratio:.2f}", "", "end"),
     ]

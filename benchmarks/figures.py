@@ -9,6 +9,9 @@ from dataclasses import dataclass
 MIB = 1 << 20
 MB = 1_000_000
 
+#: The peer that does no more than it has to: what ours is of it tells how far there is to go.
+LIMIT = "bare"
+
 
 @dataclass(frozen=True)
 class Metric:

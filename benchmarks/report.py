@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.chart import chart
-from benchmarks.figures import Comparison, Figure, Metric
+from benchmarks.figures import LIMIT, Comparison, Figure, Metric
 from benchmarks.plan import Goal, Result
 
 LEGEND = (
@@ -78,10 +78,17 @@ def goal_rows(result: Result) -> list[list[str]]:
                 wanted(goal),
                 measured(goal, figure) if figure else "–",
                 comparison.peer if comparison else "–",
+                to_limit(result, goal.metric),
                 "yes" if met else "NO",
             ]
         )
     return rows
+
+
+def to_limit(result: Result, metric: Metric) -> str:
+    """Return the ratio to the limit, where that is known."""
+    ratios = [each.figure(metric).ratio for each in result.comparisons if each.peer == LIMIT]
+    return shown(ratios[0]) if ratios else "–"
 
 
 def wanted(goal: Goal) -> str:
@@ -101,9 +108,8 @@ def goals(results: Sequence[Result]) -> str:
     if not rows:
         return ""
     met = sum(cells[-1] == "yes" for cells in rows)
-    return (
-        f"{table([['workload', 'target', 'measured', 'peer', 'met'], *rows])}\n\n{met} of {len(rows)} targets are met."
-    )
+    columns = ["workload", "target", "measured", "peer", f"ours ÷ {LIMIT}", "met"]
+    return f"{table([columns, *rows])}\n\n{met} of {len(rows)} targets are met."
 
 
 def failures(results: Sequence[Result]) -> str:

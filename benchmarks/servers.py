@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.clients import BenchmarkError, run_client, version
+from benchmarks.figures import LIMIT
 from benchmarks.place import Place
 
 HERE = Path(__file__).resolve().parent
@@ -173,7 +174,7 @@ PEERS: Mapping[str, Contender] = {
         Contender("qemu-nbd", ("qemu-nbd",), qemu_nbd_arguments),
         # In the foreground it serves but one client, and it has no export without a name.
         Contender("nbd-server", ("nbd-server",), nbd_server_arguments, export="disk", daemon=True, says_version="-V"),
-        Contender("bare", (str(BARE),), bare_arguments),
+        Contender(LIMIT, (str(BARE),), bare_arguments),
         Contender("ours", our_program(), nbdkit_arguments, words=file_plugin),
     )
 }

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.clients import BenchmarkError
-from benchmarks.figures import CPU, THROUGHPUT
+from benchmarks.figures import CPU, LIMIT, THROUGHPUT
 from benchmarks.plan import Case, Goal
 from benchmarks.servers import PEERS, SYSTEM, Contender, ours
 from benchmarks.starts import OVER_PYTHON, Idle, Start, memory_at
@@ -100,7 +100,7 @@ def against_nbdkit(
     """Return a case whose judges are the nbdkits that there are; beside a file, how far the limit is, is shown too."""
     peer = PEERS[peer_name]
     judges = in_roots(peer, root)
-    limit = [PEERS["bare"]] if peer.source == "file" and CPU in workload.metrics else []
+    limit = [PEERS[LIMIT]] if peer.source == "file" and CPU in workload.metrics else []
     mine = replace(ours(peer.source), options=our_options)
     name = f"{workload.name}{''.join(f' {option}' for option in our_options)}"
     name = name if peer.source == "file" else f"{name} ({peer.source})"

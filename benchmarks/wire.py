@@ -48,6 +48,7 @@ def disconnect(connection: socket.socket) -> None:
     """Say good-bye, and wait for the server to hang up. It may have ended already; whoever notices says so better."""
     with contextlib.suppress(OSError):
         connection.sendall(REQUEST.pack(REQUEST_MAGIC, 0, CMD_DISC, 0, 0, 0))
+        connection.shutdown(socket.SHUT_WR)  # nbdkit 1.48 waits for this too
         while connection.recv(BLOCK):
             pass
 

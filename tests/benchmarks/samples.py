@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.clients import BenchmarkError
-from benchmarks.figures import THROUGHPUT, TRANSFER_METRICS, Comparison, Metric, Sample
+from benchmarks.figures import LIMIT, THROUGHPUT, TRANSFER_METRICS, Comparison, Metric, Sample
 from benchmarks.place import Place
 from benchmarks.plan import Case, Goal, Result
 from benchmarks.servers import Contender
@@ -50,6 +50,6 @@ def compared(peer: str, ours: float, theirs: float, metric: Metric = THROUGHPUT)
 
 
 def result(goals: Sequence[Goal], *comparisons: Comparison) -> Result:
-    """Return what came of a case whose peers are all judges."""
-    peers = [comparison.peer for comparison in comparisons]
+    """Return what came of a case whose peers are all judges but for the limit."""
+    peers = [comparison.peer for comparison in comparisons if comparison.peer != LIMIT]
     return Result(case(*peers, goals=goals, judges=peers), list(comparisons))

@@ -42,6 +42,12 @@ def test_each_ratio_has_a_bar_that_is_good_or_bad() -> None:
         assert words in texts(svg)
 
 
+def test_limit_is_neither_good_nor_bad() -> None:
+    limit = Comparison("w", "bare", TRANSFER_METRICS, [({"throughput": 1.0}, {"throughput": 2.0})])
+
+    assert [bar.get("class") for bar in bars(chart([limit]))] == ["limit"]
+
+
 def test_bars_lie_on_either_side_of_one() -> None:
     more = comparison("more", ({"throughput": 2.0}, {"throughput": 1.0}))
     less = comparison("less", ({"throughput": 1.0}, {"throughput": 2.0}))

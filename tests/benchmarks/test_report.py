@@ -81,15 +81,15 @@ def test_markdown_has_facts_and_a_table_for_what_has_the_same_metrics() -> None:
 def test_markdown_says_which_targets_are_met() -> None:
     goals = [Goal(THROUGHPUT, 1.4), Goal(CPU, 0.7), Goal(THROUGHPUT, 2, of_ratio=False)]
 
-    report = markdown({}, [result(goals, compared("p", 3, 2))])
+    report = markdown({}, [result(goals, compared("p", 3, 2), compared("bare", 2, 4))])
 
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in report.splitlines() if "≥" in line or "≤" in line
     ]
     assert lines == [
-        ["w", "throughput, ours ÷ peer ≥ 1.4", "1.50", "p", "yes"],
-        ["w", "CPU, ours ÷ peer ≤ 0.7", "–", "p", "NO"],
-        ["w", "throughput, MiB/s ≥ 2", "3.00", "p", "yes"],
+        ["w", "throughput, ours ÷ peer ≥ 1.4", "1.50", "p", "0.500", "yes"],
+        ["w", "CPU, ours ÷ peer ≤ 0.7", "–", "p", "–", "NO"],
+        ["w", "throughput, MiB/s ≥ 2", "3.00", "p", "0.500", "yes"],
     ]
     assert "2 of 3 targets are met." in report
 

@@ -201,6 +201,16 @@ def test_bare_is_not_compiled_without_need(bare: Contender, monkeypatch: pytest.
     assert BARE.stat().st_mtime_ns == before
 
 
+def test_bare_is_compiled_when_it_is_not_there(
+    bare: Contender, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("benchmarks.servers.BARE", tmp_path / "made" / "bare")
+
+    build_bare()
+
+    assert os.access(tmp_path / "made" / "bare", os.X_OK)
+
+
 def test_missing_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("benchmarks.servers.BARE", tmp_path / "bare")

@@ -59,6 +59,7 @@ def test_disconnecting_waits_for_the_server_to_hang_up(pair: tuple[socket.socket
     disconnect(near)
 
     assert far.recv(100)[:8] == bytes.fromhex("25609513 0000 0002")
+    assert far.recv(100) == b""
 
 
 def test_disconnecting_from_a_server_that_has_gone_is_no_error(pair: tuple[socket.socket, socket.socket]) -> None:
