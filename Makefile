@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 MADE := $(VENV)/made-with-$(subst /,-,$(PYTHON))
 
 # The real clients that the interop tests drive, and what those tests need besides, as Debian calls them.
-CLIENTS := nbdkit nbdkit-plugin-python libnbd-bin python3-libnbd qemu-utils nbd-client fio socat strace gnutls-bin systemd
+CLIENTS := nbdkit nbdkit-plugin-python libnbd-bin python3-libnbd qemu-utils nbd-client fio socat strace gnutls-bin systemd gcc libc6-dev
 
 # What the proof of `make bench` is made with. nbd-server, another peer, is not here: its package starts a service.
 BENCHMARKED := nbdkit nbdkit-plugin-python libnbd-bin fio gcc libc6-dev
