@@ -25,10 +25,13 @@ PROOF: dict[str, Bounds] = {
     "randwrite-4k-d64": (1.2, 0.8, ()),
     "read-64k-d16": (1.4, 0.5, ()),
     "read-1m-d4": (2.0, 0.2, ()),
+    "read-64k-d16-aligned": (1.4, 0.5, ()),
+    "read-1m-d4-aligned": (2.0, 0.2, ()),
     "write-64k-d16": (1.0, 1.0, ()),
     "write-1m-d4": (1.0, 1.0, ()),
     "randread-4k-d16-c4": (1.4, 0.7, ("--workers", "2")),
     "read-1m-d16-c4": (2.0, 0.2, ("--workers", "2")),
+    "read-1m-d16-c4-aligned": (2.0, 0.2, ("--workers", "2")),
     "nbdcopy": (1.8, None, ()),
 }
 WITHOUT_FILTERS = "ours, no filters"

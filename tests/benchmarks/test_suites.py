@@ -60,6 +60,9 @@ def test_what_is_in_memory_is_not_run_cold() -> None:
         ("write-1m-d4", 1.0, 1.0),
         ("randread-4k-d16-c4 --workers 2", 1.4, 0.7),
         ("read-1m-d16-c4 --workers 2", 2.0, 0.2),
+        ("read-64k-d16-aligned", 1.4, 0.5),
+        ("read-1m-d4-aligned", 2.0, 0.2),
+        ("read-1m-d16-c4-aligned --workers 2", 2.0, 0.2),
     ],
 )
 def test_proof_has_the_targets_of_the_table(name: str, throughput: float, cpu: float) -> None:
@@ -72,7 +75,7 @@ def test_proof_has_the_targets_of_the_table(name: str, throughput: float, cpu: f
 
 
 def test_proof_has_targets_for_what_is_not_a_plain_transfer() -> None:
-    others = list(PROOF)[10:]
+    others = list(PROOF)[13:]
 
     assert [(name, PROOF[name].judges, PROOF[name].goals) for name in others] == [
         ("nbdcopy", ["nbdkit-file"], [Goal(THROUGHPUT, 1.8)]),
