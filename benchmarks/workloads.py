@@ -17,6 +17,9 @@ from benchmarks.service import Service
 PAGE = 4096
 
 
+PAGE = 4096
+
+
 class Workload(Protocol):
     """Something that is done to a server, and what is measured of it."""
 
