@@ -91,11 +91,23 @@ def make_stack(plugin: Plugin, filters: Sequence[Filter] = (), server: Any = Non
     return stack
 
 
+class NotingServer(Server):
+    """Lets tests wait for the end of sessions."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        super().__init__(options)
+        self.ends = threading.Semaphore(0)
+
+    def _has_left(self) -> None:
+        super()._has_left()
+        self.ends.release()
+
+
 class Running:
     """A server that listens and serves, in a thread of its own."""
 
     def __init__(self, plugin: Plugin, filters: Sequence[Filter], options: ServerOptions) -> None:
-        self.server = Server(options)
+        self.server = NotingServer(options)
         self.stack = make_stack(plugin, filters, self.server)
         self.server.bind()
         self.path = self.server.unix_path or ""
@@ -133,9 +145,8 @@ class Running:
 
     def wait_for_sessions(self, count: int) -> None:
         """Wait until so few are left."""
-        with self.server._ended:
-            ended = self.server._ended.wait_for(lambda: len(self.server._sessions) <= count, PATIENCE)
-        assert ended, f"{len(self.server._sessions)} sessions have not ended"
+        while len(left := self.sessions()) > count:
+            assert self.server.ends.acquire(timeout=PATIENCE), f"{len(left)} sessions have not ended"
 
     def stop(self) -> bool:
         """End the server in order, and return whether all sessions have ended."""

@@ -27,7 +27,7 @@ from nbdkitpy.server.transport import Stream
 from nbdkitpy.stack import Capabilities, Stack
 from nbdkitpy.stack import OpenExport as Opened
 
-__all__ = ["Session", "transmission_flags"]
+__all__ = ["Session", "admit", "session_name", "transmission_flags"]
 
 #: Of the handshake; none of its messages is long.
 _HANDSHAKE_BUFFER = 4096
@@ -42,6 +42,7 @@ class Session:
         transport: The connection; the session owns it.
         client: Who is at its other end.
         established: Called when the handshake is over.
+        is_admitted: The layers have been asked by :func:`admit` before.
     """
 
     def __init__(
@@ -52,14 +53,17 @@ class Session:
         options: ServerOptions,
         log: logging.Logger,
         established: Callable[[Session], None],
+        *,
+        is_admitted: bool = False,
     ) -> None:
-        self.name = f"{stack.plugin.name}[{client.number}]"
+        self.name = session_name(stack, client)
         self._transport = transport
         self._client = client
         self._stack = stack
         self._options = options
         self._log = log
         self._established = established
+        self._is_admitted = is_admitted
         self._export: Opened | None = None  # what the client has open
         self._engine: Engine | None = None
         self._stopping = False
@@ -99,7 +103,7 @@ class Session:
                 self._transport.close()
 
     def _serve(self) -> None:
-        if not self._permitted():
+        if not (self._is_admitted or admit(self._stack, self._client, self._options.readonly, self._log)):
             return
         if self._options.oldstyle:
             negotiated, received = _NO_OPTIONS, b""
@@ -120,15 +124,6 @@ class Session:
             del handshake
         self._established(self)
         self._transmit(negotiated, received)
-
-    def _permitted(self) -> bool:
-        try:
-            self._stack.preconnect(self._client, self._options.readonly)
-        except OSError as error:
-            self._log.error("%s: %s: refused: %s", self.name, self._client, error.strerror or error)
-            return False
-        self._log.debug("%s: %s: accepted", self.name, self._client)
-        return True
 
     # --- handshake ---
 
@@ -239,6 +234,23 @@ class Session:
             export.close()
         except BaseException as error:
             self._log.error("%s: closing the export: %s", self.name, describe(error), exc_info=error)
+
+
+def session_name(stack: Stack, client: Client) -> str:
+    """Return what the session of `client` is called, in messages too."""
+    return f"{stack.plugin.name}[{client.number}]"
+
+
+def admit(stack: Stack, client: Client, readonly: bool, log: logging.Logger) -> bool:
+    """Ask the layers whether `client` may come in, and log the answer."""
+    name = session_name(stack, client)
+    try:
+        stack.preconnect(client, readonly)
+    except OSError as error:
+        log.error("%s: %s: refused: %s", name, client, error.strerror or error)
+        return False
+    log.debug("%s: %s: accepted", name, client)
+    return True
 
 
 def _block_size(capabilities: Capabilities) -> BlockSizeInfo:

@@ -22,7 +22,7 @@ import pytest
 
 from nbdkitpy import Buffer, Client, ThreadModel
 from nbdkitpy.protocol.constants import Command, NbdError, Option
-from nbdkitpy.server import service as module
+from nbdkitpy.server import front, service
 from nbdkitpy.server.options import Endpoint, ServerOptions, Transport
 from nbdkitpy.server.service import Server
 from nbdkitpy.server.transport import SocketTransport, describe_client
@@ -49,7 +49,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(front, "time", clock)
+    monkeypatch.setattr(service, "time", clock)
     return clock
 
 
@@ -518,7 +519,7 @@ def test_without_descriptors_there_is_a_line_a_second_and_an_attempt_now_and_the
     error: int, full: Running, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Full, "error", error)
-    monkeypatch.setattr(module, "_BREATHER", 0.001)
+    monkeypatch.setattr(front, "_BREATHER", 0.001)
     client = full.dial()
     full.begin()
     line = f"cannot accept a client: {os.strerror(error)}"
@@ -546,7 +547,7 @@ def test_a_breather_is_taken_between_two_attempts(full: Running) -> None:
 
 
 def test_a_server_without_descriptors_can_be_ended(full: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BREATHER", 3600)
+    monkeypatch.setattr(front, "_BREATHER", 3600)
     full.dial()
     full.begin()
     assert Full.refused.acquire(timeout=PATIENCE)
@@ -559,7 +560,7 @@ def test_a_client_that_leaves_the_queue_is_no_reason_to_pause_or_to_complain(
     error: int, full: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Full, "error", error)
-    monkeypatch.setattr(module, "_BREATHER", 3600)
+    monkeypatch.setattr(front, "_BREATHER", 3600)
     client = full.dial()
     full.begin()
     for _ in range(3):
@@ -815,7 +816,7 @@ def test_a_backend_that_does_not_return_is_abandoned_and_reported(
             assert gate.wait(PATIENCE)
             return super().pread(count, offset)
 
-    monkeypatch.setattr(module, "_GRACE", 0.1)
+    monkeypatch.setattr(service, "GRACE", 0.1)
     server = start_server(Disks(Stuck, model), drain=0.1)
     server.connect().send(Command.READ, 0, 1)
     assert inside.wait(PATIENCE)
