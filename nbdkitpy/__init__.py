@@ -17,6 +17,7 @@ from nbdkitpy.backend import (
     Handle,
     Plugin,
     ServerControl,
+    SharedCount,
     Support,
     ThreadModel,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "Plugin",
     "Repeated",
     "ServerControl",
+    "SharedCount",
     "Support",
     "ThreadModel",
     "UnitError",

@@ -33,6 +33,7 @@ __all__ = [
     "Handle",
     "Plugin",
     "ServerControl",
+    "SharedCount",
     "Support",
     "ThreadModel",
 ]
@@ -127,6 +128,23 @@ class Client(NamedTuple):
         return f"connection {self.number} ({where.get(self.family, 'unknown address')})"
 
 
+class SharedCount(Protocol):
+    """How many there are of something, open handles for example, in all processes that serve (``--workers``).
+
+    What a process held that is killed is given back.
+    """
+
+    @property
+    def value(self) -> int:
+        """How many there are now."""
+
+    def take(self, limit: int = 0) -> bool:
+        """Count one more, unless there are `limit` already (0 is no limit); tell whether that was done."""
+
+    def give_back(self) -> None:
+        """Count one less: to be called once for each :meth:`take`, in the process that made it."""
+
+
 class ServerControl(Protocol):
     """What a backend may ask of the server that it runs in."""
 
@@ -135,6 +153,14 @@ class ServerControl(Protocol):
 
     def shutdown(self) -> None:
         """Begin an orderly shutdown, which also ends clients that are connected. Returns at once."""
+
+    def shared_count(self, on_zero: Callable[[], None] | None = None) -> SharedCount:
+        """Return a count that is right also with ``--workers``. Call it in ``load`` or ``get_ready``.
+
+        Args:
+            on_zero: Called, with no lock held, each time that the count has come down to zero: in the process that
+                gave the last one back, or in the main process if that was killed.
+        """
 
 
 class Handle:
@@ -362,7 +388,8 @@ class Backend:
 
     The order of a life: :meth:`load`, :meth:`config` for each parameter, :meth:`config_complete`,
     :meth:`thread_model`, :meth:`get_ready`, :meth:`after_fork`, then :meth:`preconnect` and :meth:`open` for each
-    client, :meth:`cleanup`, :meth:`unload`.
+    client, :meth:`cleanup`, :meth:`unload`. With ``--workers`` each of the processes that serve has a copy from
+    :meth:`after_fork` to :meth:`cleanup`; the main process does the rest, :meth:`preconnect` too.
     """
 
     name: ClassVar[str] = ""  #: as in the entry point: ASCII letters, digits, ``-`` and ``_``
@@ -370,6 +397,10 @@ class Backend:
     description: ClassVar[str] = ""  #: a sentence or two for ``--help``
     version: ClassVar[str] = ""
     debug_flags: ClassVar[frozenset[str]] = frozenset()  #: what ``-D NAME.FLAG=N`` may set
+
+    #: Whether several processes may each have an instance, after :meth:`get_ready`, and serve clients of the same
+    #: exports (``--workers``): what one has answered the others know of, and a flush covers the writes of all.
+    multi_process: ClassVar[bool] = False
 
     parameters: ClassVar[Mapping[str, Parameter[Any]]] = {}  #: collected from the class attributes, by key
     server: ServerControl  #: set before load
@@ -425,7 +456,7 @@ class Backend:
         """Open what all clients share. Errors still reach the user's terminal. Do not start threads here."""
 
     def after_fork(self) -> None:
-        """Start threads, if any: the process is now the one that will serve."""
+        """Start threads, if any: the process is now one that will serve."""
 
     def reload(self, values: Mapping[str, Any]) -> None:
         """Set new values of live parameters, by key, while clients are served. They have been parsed.

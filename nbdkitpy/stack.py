@@ -295,9 +295,17 @@ class Stack:
     """Filters, outermost first, and the plugin that they stand before: one unit for the server.
 
     The order in which layers are called is nbdkit's: parameters and clients come from outside, readiness from inside.
+
+    Args:
+        plugin: The innermost layer.
+        filters: Those before it, outermost first.
+        server: What layers may ask of the server.
+        multi_process: Several processes are going to serve it.
     """
 
-    def __init__(self, plugin: Plugin, filters: Sequence[Filter], server: ServerControl) -> None:
+    def __init__(
+        self, plugin: Plugin, filters: Sequence[Filter], server: ServerControl, *, multi_process: bool = False
+    ) -> None:
         self.plugin = plugin
         self.filters = tuple(filters)
         self.layers: tuple[Backend, ...] = (*self.filters, plugin)  # outermost first
@@ -305,6 +313,9 @@ class Stack:
         #: Held during each call into the stack where only one at a time is allowed; never while a client is waited for.
         self.request_lock: threading.Lock | None = None
         self._export_lock: threading.Lock | None = None  # held while an export is open
+        self._multi_process = multi_process
+        #: What :meth:`reload` has set last, for other processes to do so too.
+        self.last_reload: Mapping[Backend, Mapping[str, Sequence[str]]] = {}
         self._outermost = _Joint(plugin)
         for outer in reversed(self.filters):
             outer.next = self._outermost
@@ -345,11 +356,16 @@ class Stack:
         """Have each layer check its parameters, and settle the thread model.
 
         Raises:
-            ConfigError: a layer's parameters are not complete, or its thread model is none.
+            ConfigError: a layer's parameters are not complete, its thread model is none, or it cannot do with several
+                processes.
         """
         for layer in self.layers:
             layer.config_complete()
-        self.model = min(_thread_model(layer) for layer in self.layers)
+        models = {layer: _thread_model(layer) for layer in self.layers}
+        self.model = min(models.values())
+        if self._multi_process:
+            for layer, model in models.items():
+                _check_processes(layer, model)
         if self.model <= ThreadModel.SERIALIZE_ALL_REQUESTS:
             self.request_lock = threading.Lock()
         if self.model is ThreadModel.SERIALIZE_CONNECTIONS:
@@ -384,6 +400,7 @@ class Stack:
                 undo.callback(layer.reload, before)
                 layer.reload(values)
             undo.pop_all()
+        self.last_reload = changes
         return [_set_to(layer, key, texts) for layer, keys in changes.items() for key, texts in keys.items()]
 
     def cleanup(self) -> None:
@@ -486,6 +503,19 @@ def _thread_model(layer: Backend) -> ThreadModel:
         return ThreadModel(answer)
     except ValueError:
         raise UnitError(f"{layer.name}: thread_model must return a ThreadModel, not {answer!r}") from None
+
+
+def _check_processes(layer: Backend, model: ThreadModel) -> None:
+    if not layer.multi_process:
+        raise ConfigError(
+            f"--workers: {layer.name} has to be in one process with all clients (it does not declare multi_process);"
+            " leave --workers out, or 0"
+        )
+    if model < ThreadModel.SERIALIZE_REQUESTS:
+        raise ConfigError(
+            f"--workers: {layer.name} must have the thread model serialize_requests or parallel, not"
+            f" {model.name.lower()}; leave --workers out, or 0"
+        )
 
 
 def _checked_export(entry: object) -> Export:

@@ -11,7 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nbdkitpy import Client, Filter, Handle, Plugin, ThreadModel
+from nbdkitpy import Client, Filter, Handle, Plugin, SharedCount, ThreadModel
+from nbdkitpy.server.counts import LocalCount
 from nbdkitpy.server.options import Endpoint, ServerOptions, Transport
 from nbdkitpy.server.service import Server
 from nbdkitpy.server.session import Session
@@ -79,6 +80,9 @@ class NoServer:
 
     def shutdown(self) -> None:
         raise AssertionError("nobody has to end the server")
+
+    def shared_count(self, on_zero: Callable[[], None] | None = None) -> SharedCount:
+        return LocalCount(on_zero)
 
 
 def make_stack(plugin: Plugin, filters: Sequence[Filter] = (), server: Any = None) -> Stack:

@@ -17,6 +17,7 @@ import pytest
 
 from nbdkitpy import Backend, Client, Filter, FilterHandle, Handle, Plugin, hookspecs
 from nbdkitpy.stack import Stack
+from tests.serving import NoServer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -233,14 +234,6 @@ def test_contract_mentions_everything_that_units_may_import() -> None:
     page = CONTRACT.read_text()
 
     assert not [name for name in nbdkitpy.__all__ if name != "__version__" and not re.search(rf"\b{name}\b", page)]
-
-
-class NoServer:
-    def finish(self) -> None:
-        raise AssertionError("nobody asked for it")
-
-    def shutdown(self) -> None:
-        raise AssertionError("nobody asked for this")
 
 
 def units_in(code: str) -> list[type[Backend]]:

@@ -23,17 +23,10 @@ from nbdkitpy.backend import (
 from nbdkitpy.exceptions import ConfigError, UnitError
 from nbdkitpy.parameters import Parameter, Repeated, integer, parse_size, parse_string
 from nbdkitpy.stack import MAX_EXPORTS, Capabilities, OpenExport, Stack
+from tests.serving import NoServer
 
 CLIENT = Client(number=1)
 MIB = 1 << 20
-
-
-class Server:
-    def finish(self) -> None:
-        raise AssertionError("nobody asked for it")
-
-    def shutdown(self) -> None:
-        raise AssertionError("nobody asked for it")
 
 
 class Disk(Handle):
@@ -110,7 +103,7 @@ class PassingFilter(Filter):
 
 
 def stack_of(plugin: Plugin, *filters: Filter) -> Stack:
-    stack = Stack(plugin, filters, Server())
+    stack = Stack(plugin, filters, NoServer())
     stack.config_complete()
     return stack
 
@@ -196,7 +189,7 @@ class RecordedFilter(Filter):
 
 def test_life_of_a_plugin_and_two_filters_in_order() -> None:
     log: list[str] = []
-    stack = Stack(RecordedPlugin(log), [RecordedFilter(log, "outer"), RecordedFilter(log, "inner")], Server())
+    stack = Stack(RecordedPlugin(log), [RecordedFilter(log, "outer"), RecordedFilter(log, "inner")], NoServer())
 
     stack.load()
     stack.config("size", "1k")
@@ -259,7 +252,7 @@ def test_plugin_is_asked_once_in_order_however_many_filters_ask() -> None:
 
 
 def test_every_layer_knows_the_server_before_load() -> None:
-    server: ServerControl = Server()
+    server: ServerControl = NoServer()
     plugin, filter = MemoryPlugin(), PassingFilter()
 
     stack = Stack(plugin, [filter], server)
@@ -277,7 +270,7 @@ def test_layer_that_fails_at_the_end_does_not_keep_the_others_from_theirs(end: s
         raise OSError(errno.EIO, "disk on fire")
 
     setattr(inner, end, fail)
-    stack = Stack(plugin, [outer, inner], Server())
+    stack = Stack(plugin, [outer, inner], NoServer())
 
     with pytest.raises(OSError, match="disk on fire"):
         getattr(stack, end)()
@@ -297,7 +290,7 @@ class Greedy(Filter):
 
 def test_outermost_layer_that_takes_a_parameter_gets_it() -> None:
     plugin, filter = MemoryPlugin(), Greedy()
-    stack = Stack(plugin, [PassingFilter(), filter], Server())
+    stack = Stack(plugin, [PassingFilter(), filter], NoServer())
 
     stack.config("size", "1k")
     stack.config("block-length", "2k")
@@ -315,7 +308,7 @@ def test_outermost_layer_that_takes_a_parameter_gets_it() -> None:
     ],
 )
 def test_unknown_parameter_is_told_the_nearest_name(key: str, message: str) -> None:
-    stack = Stack(MemoryPlugin(), [Greedy()], Server())
+    stack = Stack(MemoryPlugin(), [Greedy()], NoServer())
 
     with pytest.raises(ConfigError) as caught:
         stack.config(key, "1")
@@ -328,14 +321,14 @@ def test_unknown_parameter_where_there_are_none() -> None:
         name = "plain"
 
     with pytest.raises(ConfigError) as caught:
-        Stack(Plain(), [PassingFilter()], Server()).config("size", "1")
+        Stack(Plain(), [PassingFilter()], NoServer()).config("size", "1")
 
     assert str(caught.value) == 'plain: unknown parameter "size": it takes no parameters'
 
 
 def test_wrong_value_is_not_offered_to_the_next_layer() -> None:
     plugin = MemoryPlugin()
-    stack = Stack(plugin, [Greedy()], Server())
+    stack = Stack(plugin, [Greedy()], NoServer())
 
     with pytest.raises(ConfigError, match=r"^greedy: size must be a size"):
         stack.config("size", "big")
@@ -345,7 +338,7 @@ def test_wrong_value_is_not_offered_to_the_next_layer() -> None:
 
 def test_the_layer_that_took_a_parameter_is_returned() -> None:
     plugin, filter = MemoryPlugin(), Greedy()
-    stack = Stack(plugin, [filter], Server())
+    stack = Stack(plugin, [filter], NoServer())
 
     assert stack.config("size", "1k") is filter
     assert stack.config("block-length", "2k") is plugin
@@ -377,7 +370,7 @@ class Lively(Filter):
 
 def lively_stack() -> tuple[Stack, Lively, Lively]:
     outer, inner = Lively(), Lively()
-    return Stack(MemoryPlugin(), [outer, inner], Server()), outer, inner
+    return Stack(MemoryPlugin(), [outer, inner], NoServer()), outer, inner
 
 
 def test_reload_sets_new_values_and_tells_of_them() -> None:
@@ -1133,6 +1126,54 @@ def test_model_that_is_none_is_a_unit_error(answer: object) -> None:
         stack_of(plugin)
 
 
+class Coherent(MemoryPlugin):
+    multi_process = True
+
+    def thread_model(self) -> ThreadModel:
+        return ThreadModel.SERIALIZE_REQUESTS
+
+
+class CoherentFilter(Filter):
+    name = "coherent"
+    multi_process = True
+
+
+class SerialFilter(CoherentFilter):
+    name = "serial"
+
+    def thread_model(self) -> ThreadModel:
+        return ThreadModel.SERIALIZE_ALL_REQUESTS
+
+
+def test_several_processes_may_serve_what_says_that_they_may() -> None:
+    stack = Stack(Coherent(), [CoherentFilter()], NoServer(), multi_process=True)
+
+    stack.config_complete()
+
+    assert stack.model is ThreadModel.SERIALIZE_REQUESTS
+
+
+@pytest.mark.parametrize(
+    ("plugin", "filters", "text"),
+    [
+        (MemoryPlugin, [CoherentFilter], "memory has to be in one process with all clients"),
+        (Coherent, [CoherentFilter, PassingFilter], "passing has to be in one process with all clients"),
+        (
+            Coherent,
+            [SerialFilter],
+            "serial must have the thread model serialize_requests or parallel, not serialize_al",
+        ),
+    ],
+)
+def test_several_processes_cannot_serve_anything_else(
+    plugin: type[Plugin], filters: list[type[Filter]], text: str
+) -> None:
+    stack = Stack(plugin(), [cls() for cls in filters], NoServer(), multi_process=True)
+
+    with pytest.raises(ConfigError, match=f"^--workers: {text}.*; leave --workers out, or 0$"):
+        stack.config_complete()
+
+
 @pytest.mark.parametrize("model", ThreadModel)
 def test_multi_conn_needs_more_than_one_connection(model: ThreadModel) -> None:
     plugin = MemoryPlugin(lambda: Answering({}), model)
@@ -1339,7 +1380,7 @@ def test_filters_link_layers_that_they_can_ask() -> None:
     plugin, outer, inner = Listing(), PassingFilter(), PassingFilter()
     plugin.default = "main"
 
-    Stack(plugin, [outer, inner], Server())
+    Stack(plugin, [outer, inner], NoServer())
 
     assert all(isinstance(filter.next, Backend) for filter in (outer, inner))
     assert outer.next.default_export(CLIENT, False) == "main"

@@ -14,7 +14,7 @@ import click
 
 import nbdkitpy
 from nbdkitpy import log
-from nbdkitpy.backend import Backend, Filter, Plugin, ServerControl
+from nbdkitpy.backend import Backend, Filter, Plugin, ServerControl, SharedCount
 from nbdkitpy.cli import information
 from nbdkitpy.cli.grammar import PROGRAM, Units, load
 from nbdkitpy.config import DebugFlag, ServerConfig
@@ -94,6 +94,12 @@ class _NoServer:
 
     def shutdown(self) -> None:
         """Do nothing."""
+
+    def shared_count(self, on_zero: Callable[[], None] | None = None) -> SharedCount:
+        """Return a count, though nobody will come."""
+        from nbdkitpy.server.counts import LocalCount
+
+        return LocalCount(on_zero)
 
 
 # --- answers ---

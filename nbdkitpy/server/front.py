@@ -15,6 +15,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from nbdkitpy.backend import SharedCount
+from nbdkitpy.server.counts import LocalCount
 from nbdkitpy.server.listener import Listener, listen
 from nbdkitpy.server.options import ServerOptions, Transport
 from nbdkitpy.server.uri import make_uri
@@ -132,6 +134,10 @@ class Front:
         """End at once: all connections break."""
         self._aborting = True
         self.shutdown()
+
+    def shared_count(self, on_zero: Callable[[], None] | None = None) -> SharedCount:
+        """Return a count, of this process alone as no other one serves."""
+        return LocalCount(on_zero)
 
     def call_soon(self, function: Callable[[], object]) -> None:
         """Have the thread that accepts clients call `function`."""

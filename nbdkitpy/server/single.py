@@ -17,9 +17,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from nbdkitpy.backend import Buffer, Client
+from nbdkitpy.backend import Buffer, Client, SharedCount
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.server.background import redirect_to_nothing
+from nbdkitpy.server.counts import LocalCount
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.session import Session
 from nbdkitpy.server.transport import SocketTransport, describe_client
@@ -238,6 +239,10 @@ class Single:
         """End at once: the connection breaks."""
         self._aborting = True
         self.shutdown()
+
+    def shared_count(self, on_zero: Callable[[], None] | None = None) -> SharedCount:
+        """Return a count, of this process alone as no other one serves."""
+        return LocalCount(on_zero)
 
     def call_soon(self, function: Callable[[], object]) -> None:
         """Have the thread that serves, which is not that of the session, call `function`."""

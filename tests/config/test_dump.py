@@ -17,6 +17,7 @@ from nbdkitpy.config.file import Document, read_file
 from nbdkitpy.config.units import Given, Reference, UnitTable, configure
 from nbdkitpy.server.options import AddressFamily
 from nbdkitpy.stack import Stack
+from tests.serving import NoServer
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,14 +41,6 @@ class Disk(Plugin):
 class Pass(Filter):
     name = "pass"
     label = Parameter(parse_string)
-
-
-class NoServer:
-    def finish(self) -> None:
-        raise AssertionError("nobody asked for it")
-
-    def shutdown(self) -> None:
-        raise AssertionError("nobody asked for this")
 
 
 def dumped(

@@ -13,6 +13,7 @@ from nbdkitpy.config.file import read_file
 from nbdkitpy.config.reload import Reloader
 from nbdkitpy.config.units import UnitTable, configure
 from nbdkitpy.stack import Stack
+from tests.serving import NoServer
 
 
 class Disk(Plugin):
@@ -39,14 +40,6 @@ class Rules(Filter):
     name = "rules"
     allow = Repeated(parse_string, live=True)
     mode = Parameter(parse_string)
-
-
-class NoServer:
-    def finish(self) -> None:
-        raise AssertionError("nobody asked for it")
-
-    def shutdown(self) -> None:
-        raise AssertionError("nobody asked for this")
 
 
 class Service:

@@ -21,6 +21,7 @@ from nbdkitpy import (
 )
 from nbdkitpy.config.units import Given, Reference, UnitTable, configure
 from nbdkitpy.stack import Stack
+from tests.serving import NoServer
 
 
 class Disk(Plugin):
@@ -47,14 +48,6 @@ class Disk(Plugin):
 class Limit(Filter):
     name = "limit"
     limit = Parameter(integer(0, 9), default=1)
-
-
-class NoServer:
-    def finish(self) -> None:
-        raise AssertionError("nobody asked for it")
-
-    def shutdown(self) -> None:
-        raise AssertionError("nobody asked for this")
 
 
 def table(name: str, **parameters: str | Reference | Given) -> UnitTable:

@@ -10,6 +10,7 @@ import pytest
 from nbdkitpy import Client, ConfigError, Filter, Handle, Plugin, ThreadModel
 from nbdkitpy.stack import Stack
 from nbdkitpy_filters.exitlast import ExitLast, register_filters
+from tests.serving import NoServer
 
 CLIENT = Client(1)
 PROBE = Client(1, is_probe=True)
@@ -54,17 +55,14 @@ class Disks(Plugin):
         return disk
 
 
-class Server:
-    """Notes in the plugin's events that it was told to end."""
+class Server(NoServer):
+    """Notes in the plugin's events that it was told to end; not in order, as who has just connected is to be served."""
 
     def __init__(self, events: list[str]) -> None:
         self.events = events
 
     def finish(self) -> None:
         self.events.append("finish")
-
-    def shutdown(self) -> None:
-        raise AssertionError("whoever has connected meanwhile is to be served")
 
 
 @pytest.fixture
@@ -75,6 +73,7 @@ def plugin() -> Disks:
 @pytest.fixture
 def stack(plugin: Disks) -> Stack:
     made = Stack(plugin, [ExitLast()], Server(plugin.events))
+    made.load()
     made.config_complete()
     return made
 
@@ -210,7 +209,7 @@ def test_the_server_is_told_without_a_lock_held(plugin: Disks) -> None:
             exitlast.wrap(Disk(self.events), CLIENT)
 
     exitlast = ExitLast()
-    Stack(plugin, [exitlast], Closing(plugin.events))
+    Stack(plugin, [exitlast], Closing(plugin.events)).load()
     thread = threading.Thread(target=lambda: exitlast.open("", False, CLIENT).close(), daemon=True)
 
     thread.start()
@@ -220,10 +219,11 @@ def test_the_server_is_told_without_a_lock_held(plugin: Disks) -> None:
     assert plugin.events == ["close", "finish"]
 
 
-def test_requests_go_past_the_filter() -> None:
-    disk = Disk([])
+def test_requests_go_past_the_filter(plugin: Disks) -> None:
+    exitlast, disk = ExitLast(), Disk([])
+    Stack(plugin, [exitlast], Server(plugin.events)).load()
 
-    counted = ExitLast().wrap(disk, CLIENT)
+    counted = exitlast.wrap(disk, CLIENT)
 
     assert counted is not disk
     assert counted.pread == disk.pread

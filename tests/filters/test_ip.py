@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from nbdkitpy import Client, ConfigError, Export, Family, Filter, Handle, Plugin
 from nbdkitpy.stack import Stack
 from nbdkitpy_filters.ip import Ip, Peer, parse_rules, register_filters
+from tests.serving import NoServer
 
 REFUSAL = "client not permitted to connect because of source address restriction"
 
@@ -47,14 +48,6 @@ class Disks(Plugin):
     def open(self, export_name: str, readonly: bool, client: Client) -> Handle:
         self.asked.append("open")
         return self.disk
-
-
-class NoServer:
-    def finish(self) -> None:
-        raise AssertionError("nobody asked for it")
-
-    def shutdown(self) -> None:
-        raise AssertionError("the ip filter does not end the server")
 
 
 def make_stack(*parameters: str, debug: bool = False) -> tuple[Stack, Disks]:

@@ -13,6 +13,7 @@ import pytest
 from nbdkitpy import Client, ConfigError, Filter, Handle, Plugin, ThreadModel
 from nbdkitpy.stack import OpenExport, Stack
 from nbdkitpy_filters.limit import Limit, register_filters
+from tests.serving import NoServer
 
 REFUSAL = "limit: too many clients connected, connection rejected"
 CLIENT = Client(1)
@@ -64,14 +65,6 @@ class Disks(Plugin):
             self.open_now -= 1
         if self.close_failure:
             raise self.close_failure
-
-
-class NoServer:
-    def finish(self) -> None:
-        raise AssertionError("nobody asked for it")
-
-    def shutdown(self) -> None:
-        raise AssertionError("the limit filter does not end the server")
 
 
 class Outer(Filter):
@@ -204,6 +197,7 @@ def test_the_inner_layers_are_asked_before_the_limit() -> None:
             raise OSError(errno.EPERM, "inner says no")
 
     stack = Stack(Disks(), [Limit(), Inner()], NoServer())
+    stack.load()
     stack.config_complete()
     stack.open("", False, CLIENT)
 
@@ -454,9 +448,10 @@ def test_what_is_no_limit_is_a_configuration_error(value: str) -> None:
 
 
 def test_requests_go_past_the_filter() -> None:
-    disk = Disk(lambda: None)
+    limit, disk = Limit(), Disk(lambda: None)
+    Stack(Disks(), [limit], NoServer()).load()
 
-    limited = Limit().wrap(disk, CLIENT)
+    limited = limit.wrap(disk, CLIENT)
 
     assert limited is not disk
     assert limited.pread == disk.pread

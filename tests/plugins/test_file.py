@@ -20,16 +20,9 @@ from nbdkitpy_plugins import file as file_module
 from nbdkitpy_plugins.file import FilePlugin
 from nbdkitpy_plugins.file.dropbehind import DropBehindHandle
 from nbdkitpy_plugins.file.handle import FileHandle
+from tests.serving import NoServer
 
 CLIENT = Client(1)
-
-
-class _Control:
-    def finish(self) -> None:
-        raise AssertionError("nobody asked for it")
-
-    def shutdown(self) -> None:
-        raise AssertionError("the file plugin shuts nothing down")
 
 
 def configured(*parameters: tuple[str, object]) -> FilePlugin:
@@ -333,7 +326,7 @@ def test_cache_none_under_both_its_names_drops_behind(key: str, value: str, drop
 
 
 def stack_on(*parameters: tuple[str, object]) -> Stack:
-    stack = Stack(FilePlugin(), [], _Control())
+    stack = Stack(FilePlugin(), [], NoServer())
     for key, value in parameters:
         stack.config(key, str(value))
     stack.config_complete()

@@ -19,20 +19,13 @@ from nbdkitpy import Client, ConfigError, ExtentType, Flags, Plugin, Support, Th
 from nbdkitpy.extents import normalise_extents
 from nbdkitpy.stack import Capabilities, OpenExport, Stack
 from nbdkitpy_plugins import memory
+from tests.serving import NoServer
 
 PAGE = mmap.PAGESIZE
 REGION = 1 << 20
 LARGEST = (1 << 63) - 1
 CLIENT = Client(number=1)
 HOLE = ExtentType.HOLE | ExtentType.ZERO
-
-
-class NoServer:
-    def finish(self) -> None:
-        raise AssertionError("nobody asked for it")
-
-    def shutdown(self) -> None:
-        raise AssertionError("nothing here ends the server")
 
 
 def configured(**parameters: str) -> memory.Memory:

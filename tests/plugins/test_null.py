@@ -9,19 +9,12 @@ import pytest
 from nbdkitpy import Client, ConfigError, ExtentType, Flags, Plugin, Support, ThreadModel
 from nbdkitpy.stack import Capabilities, OpenExport, Stack
 from nbdkitpy_plugins import null
+from tests.serving import NoServer
 
 LARGEST = (1 << 63) - 1
 SHARED = 1 << 20
 CLIENT = Client(number=1)
 HOLE = ExtentType.HOLE | ExtentType.ZERO
-
-
-class NoServer:
-    def finish(self) -> None:
-        raise AssertionError("nobody asked for it")
-
-    def shutdown(self) -> None:
-        raise AssertionError("nothing here ends the server")
 
 
 def opened(*sizes: str, readonly: bool = False) -> OpenExport:

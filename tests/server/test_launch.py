@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from nbdkitpy import Client, ConfigError, Filter, Handle, Plugin, log
+from nbdkitpy import Client, ConfigError, Filter, Handle, Plugin, SharedCount, log
 from nbdkitpy.server import launch as module
 from nbdkitpy.server import linux, privileges
 from nbdkitpy.server.launch import launch, report
@@ -63,6 +63,9 @@ class FakeServer:
 
     def finish(self) -> None:
         raise AssertionError("nobody asked for it")
+
+    def shared_count(self, on_zero: Callable[[], None] | None = None) -> SharedCount:
+        raise AssertionError("nobody counts")
 
     def shutdown(self) -> None:
         self.note("shutdown")

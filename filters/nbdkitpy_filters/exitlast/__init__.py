@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 
 from nbdkitpy import Client, Filter, FilterHandle, Handle, hookimpl
@@ -16,28 +15,19 @@ class ExitLast(Filter):
     name = "exitlast"
     longname = "nbdkitpy exitlast filter"
     description = "Exit when the last client has disconnected."
+    multi_process = True
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._lock = threading.Lock()
-        self._open = 0
+    def load(self) -> None:
+        # Not shutdown(): who has connected meanwhile, and is still in the handshake, is to be served.
+        self._open = self.server.shared_count(self.server.finish)
 
     def wrap(self, handle: Handle, client: Client) -> Handle:
         # NBD_OPT_INFO only asks: if it counted, nbdinfo would end the server, or a client between its INFO and its GO.
         if client.is_probe:
             return handle
-        counted = _CountedHandle(handle, self._closed)
-        with self._lock:
-            self._open += 1
+        counted = _CountedHandle(handle, self._open.give_back)
+        self._open.take()
         return counted
-
-    def _closed(self) -> None:
-        with self._lock:
-            self._open -= 1
-            last = self._open == 0
-        if last:
-            # Not shutdown(): who has connected meanwhile, and is still in the handshake, is to be served.
-            self.server.finish()
 
 
 class _CountedHandle(FilterHandle):

@@ -249,6 +249,7 @@ class Ip(Filter):
     name = "ip"
     longname = "nbdkitpy ip filter"
     description = "Filter clients by IP address, process ID, user ID, group ID and more."
+    multi_process = True
     debug_flags = frozenset({"rules"})
 
     allow = Repeated(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import threading
 from collections.abc import Callable
 
 from nbdkitpy import Client, Filter, FilterHandle, Handle, Parameter, hookimpl, integer
@@ -17,12 +16,13 @@ class Limit(Filter):
     """Refuse clients while `limit` others have an export open.
 
     A slot is taken before the inner layers open, so that they never see more clients than the limit, and is given
-    back when the handle is closed or when opening fails. The lock is never held during a call to another layer.
+    back when the handle is closed or when opening fails.
     """
 
     name = "limit"
     longname = "nbdkitpy limit filter"
     description = "Limit the number of clients that can be connected at once."
+    multi_process = True
 
     limit = Parameter(
         integer(0, _MAX_LIMIT),
@@ -32,39 +32,32 @@ class Limit(Filter):
         help="Number of clients at once; 0 means no limit. Default: 1.",
     )
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._lock = threading.Lock()
-        self._taken = 0
+    def load(self) -> None:
+        self._slots = self.server.shared_count()
 
     def preconnect(self, client: Client, readonly: bool) -> None:
         # The inner layers first: whom they refuse is refused for their reason.
         super().preconnect(client, readonly)
-        with self._lock:
-            self._check()
+        limit = self.limit  # a reload may change it meanwhile
+        if limit and self._slots.value >= limit:
+            raise _refusal()
 
     def open(self, export_name: str, readonly: bool, client: Client) -> Handle:
         # Checked again: many may have passed preconnect while no slot was taken yet.
-        with self._lock:
-            self._check()
-            self._taken += 1
+        if not self._slots.take(self.limit):
+            raise _refusal()
         try:
             return super().open(export_name, readonly, client)
         except BaseException:
-            self._give_back()
+            self._slots.give_back()
             raise
 
     def wrap(self, handle: Handle, client: Client) -> Handle:
-        return _LimitHandle(handle, self._give_back)
+        return _LimitHandle(handle, self._slots.give_back)
 
-    def _check(self) -> None:
-        limit = self.limit  # a reload may change it meanwhile
-        if limit and self._taken >= limit:
-            raise PermissionError(errno.EACCES, "limit: too many clients connected, connection rejected")
 
-    def _give_back(self) -> None:
-        with self._lock:
-            self._taken -= 1
+def _refusal() -> OSError:
+    return PermissionError(errno.EACCES, "limit: too many clients connected, connection rejected")
 
 
 class _LimitHandle(FilterHandle):

@@ -149,6 +149,7 @@ class FilePlugin(Plugin):
     name = "file"
     longname = "file plugin"
     description = "Serve a file or block device, or the files in a directory."
+    multi_process = True
 
     file = Parameter(parse_file, magic=True, metavar="FILENAME", help="Serve this regular file or block device.")
     dir = Parameter(parse_directory, metavar="DIRECTORY", help="Serve the files in this directory by export name.")

@@ -72,6 +72,7 @@ class Null(Plugin):
     name = "null"
     longname = "nbdkitpy bit bucket plugin"
     description = "Serves a disk that reads as zeroes and forgets what is written to it."
+    multi_process = True
 
     size = Parameter(parse_size, default=0, magic=True, help="Size of the disk; 0 if it is not given.")
 
