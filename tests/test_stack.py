@@ -1161,7 +1161,7 @@ def test_several_processes_may_serve_what_says_that_they_may() -> None:
         (
             Coherent,
             [SerialFilter],
-            "serial must have the thread model serialize_requests or parallel, not serialize_al",
+            "serial must have the thread model serialize_requests or parallel, not serialize_",
         ),
     ],
 )

@@ -130,16 +130,17 @@ def check_config(loaded: Loaded) -> int:
 
 def _load(config: ServerConfig, server: ServerControl, undo: contextlib.ExitStack) -> Loaded:
     units = load(Registry(), config.plugin, config.filters)
-    stack = _loaded_stack(units, server, config.debug)
+    stack = _loaded_stack(units, server, config)
     undo.callback(stack.unload)
     return Loaded(config, units, stack, configure(stack, config.plugin, config.parameters, config.tables))
 
 
-def _loaded_stack(units: Units, server: ServerControl, flags: Iterable[DebugFlag]) -> Stack:
+def _loaded_stack(units: Units, server: ServerControl, config: ServerConfig) -> Stack:
     *outer, inner = [unit.cls() for unit in units]
     assert isinstance(inner, Plugin)
-    stack = Stack(inner, [layer for layer in outer if isinstance(layer, Filter)], server)
-    _set_debug_flags(stack.layers, flags)
+    filters = [layer for layer in outer if isinstance(layer, Filter)]
+    stack = Stack(inner, filters, server, multi_process=config.server.workers > 0)
+    _set_debug_flags(stack.layers, config.debug)
     logging.getLogger(PROGRAM).debug(
         "version %s, layers: %s", nbdkitpy.__version__, " -> ".join(layer.name for layer in stack.layers)
     )
@@ -170,6 +171,10 @@ def _server(config: ServerConfig) -> Servable:
         from nbdkitpy.server.single import Single
 
         return Single(config.server)
+    if config.server.workers:
+        from nbdkitpy.server.pool import Pool
+
+        return Pool(config.server)
     from nbdkitpy.server.service import Server
 
     return Server(config.server)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nbdkitpy import log
 from nbdkitpy.config.words import Assignment, DebugFlag, parse_debug_flag
+from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.parameters import choice, integer, parse_delay, parse_path, parse_string
 from nbdkitpy.server.options import AddressFamily, Endpoint, ServerOptions, Transport
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["LISTENING", "SETTINGS", "ServerConfig", "Setting", "endpoints", "server_config", "value_in"]
 
 _MAX_THREADS = 1 << 16
+_MAX_WORKERS = 1 << 10
 
 
 class ServerConfig(NamedTuple):
@@ -163,6 +165,15 @@ SETTINGS = (
         kinds=(int,),
     ),
     Setting(
+        "workers",
+        ("--workers",),
+        "Processes that share the clients; 0 is one for everything.  [default: 0]",
+        metavar="N",
+        parse=integer(0, _MAX_WORKERS),
+        key="workers",
+        kinds=(int,),
+    ),
+    Setting(
         "handshake_timeout",
         ("--timeout", "--time-out"),
         "Time for a client's handshake, 0 for no limit.  [default: 10s]",
@@ -279,7 +290,12 @@ def server_config(
         listen: What the file has us listen on.
         fds: Sockets from a service manager. Nothing else is listened on.
         file: What was read.
+
+    Raises:
+        ConfigError: settings that exclude each other.
     """
+    if values.get("single") and values.get("workers"):
+        raise ConfigError("--workers: with -s there is one client, which one process serves; leave one of them out")
     own_terminal = any(values.get(name) for name in ("foreground", "run", "single", "exit_with_parent"))
     return ServerConfig(
         plugin,

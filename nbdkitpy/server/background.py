@@ -13,11 +13,10 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable
 from types import FrameType
 
-from nbdkitpy.exceptions import ConfigError
+from nbdkitpy.server.forking import SIGNALS, check_threads, fork, unblock_signals
 
 __all__ = ["Background", "redirect_to_nothing"]
 
@@ -26,9 +25,6 @@ _logger = logging.getLogger("nbdkitpy")
 #: What the server says last of its start. Its other lines are messages.
 _READY = "ready\n"
 _FAILED = "failed\n"
-
-#: Signals for the server that the launcher may get in its place while it waits.
-_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
 
 
 class Background:
@@ -58,18 +54,18 @@ class Background:
             ConfigError: there are threads, which would be missing in the new process.
             OSError: the system refuses. This may be in either process.
         """
-        _check_threads()
+        check_threads("go into the background", "use -f")
         for stream in (sys.stdout, sys.stderr):
             stream.flush()  # else what is in the buffers would be written twice
         receiving, sending = os.pipe()
-        pid = _fork()
+        pid = fork()
         if pid:
             os.close(sending)
             # Not by an exception: nothing that both processes have may be undone here, or at the interpreter's exit.
             os._exit(_launch(receiving, pid, tell, clean_up))
         os.close(receiving)
         self._begin(sending)
-        _unblock()
+        unblock_signals()
 
     def _begin(self, pipe: int) -> None:
         verbose = _logger.isEnabledFor(logging.DEBUG)
@@ -91,6 +87,10 @@ class Background:
             OSError: there is no launcher any more.
         """
         self._end(_READY)
+
+    def leave(self) -> None:
+        """Have nothing more to do with the launcher, as a process that was forked from the server."""
+        self._end("")
 
     def failed(self) -> None:
         """Tell the launcher, if it still waits, that the server ends and that the reason has been logged."""
@@ -147,29 +147,6 @@ def _is_inheritable(fd: int) -> bool:
         return False
 
 
-def _check_threads() -> None:
-    others = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-    if others:
-        raise ConfigError(
-            f"cannot go into the background: a back end has started threads ({', '.join(others)})"
-            " before after_fork; use -f"
-        )
-
-
-def _fork() -> int:
-    # Signals wait until it is settled who takes them: the launcher gets some that are meant for the server.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
-    try:
-        return os.fork()
-    except OSError:
-        _unblock()
-        raise
-
-
-def _unblock() -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
-
-
 def redirect_to_nothing(descriptors: Iterable[int]) -> None:
     """Have nothing come from these descriptors, and go nowhere what is written to them."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -189,9 +166,9 @@ def _launch(pipe: int, pid: int, tell: Callable[[], None], clean_up: Callable[[]
             os.kill(pid, number)
 
     signal.set_wakeup_fd(-1)  # which is the server's
-    for number in _FORWARDED:
+    for number in SIGNALS:  # for the server, but the launcher may get them in its place while it waits
         signal.signal(number, forward)
-    _unblock()
+    unblock_signals()
     if not _becomes_ready(pipe, pid):
         clean_up()
         return 1

@@ -6,8 +6,8 @@ import logging
 import shlex
 import signal
 import subprocess
-import threading
 from collections.abc import Callable, Mapping
+from types import FrameType
 
 __all__ = ["Captive"]
 
@@ -23,13 +23,14 @@ class Captive:
     def __init__(self, command: str) -> None:
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
-        self._watcher: threading.Thread | None = None
+        self._on_exit: Callable[[], None] | None = None  # until it has been called
+        self._before: Callable[[int, FrameType | None], object] | int | None = signal.SIG_DFL
         self._ends = 0  # how often we were told to end it
 
     def start(self, variables: Mapping[str, str], on_exit: Callable[[], None]) -> None:
-        """Start the command, unless it was told to end already; call `on_exit` in a thread when it has ended.
+        """Start the command, unless it was told to end already; call `on_exit` in a signal handler when it has ended.
 
-        The variables are set for the script, not exported.
+        The variables are set for the script, not exported. No thread is made, so that the process may go on to fork.
 
         Raises:
             OSError: there is no shell, or no process to be had.
@@ -38,10 +39,12 @@ class Captive:
             return
         settings = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
         script = "\n".join([*settings, self._command])
+        self._on_exit = on_exit
+        self._before = signal.signal(signal.SIGCHLD, self._child_has_ended)
+        signal.siginterrupt(signal.SIGCHLD, False)  # else calls of C libraries in other threads might fail by it
         # The user's own command line, which the shell is meant to interpret.
         self._process = subprocess.Popen(["/bin/sh", "-c", script])  # noqa: S603
-        self._watcher = threading.Thread(target=self._watch, args=(self._process, on_exit), daemon=True)
-        self._watcher.start()
+        self._notice_end()  # the signal may have come too early to be of any use
         if self._ends:  # a signal came meanwhile
             self._process.terminate()
 
@@ -53,10 +56,10 @@ class Captive:
 
     def wait(self) -> int:
         """Wait for the command, and return its exit status: 128 and the signal's number if one ended it."""
-        if self._process is None or self._watcher is None:
+        if self._process is None:
             return 0
-        self._watcher.join()
         status = self._process.wait()
+        self._notice_end()
         if status >= 0:
             return status
         if not self._ends:
@@ -68,7 +71,16 @@ class Captive:
         if self._process is not None and self._process.poll() is None:
             self.end()
             self.wait()
+        elif self._on_exit is not None:  # it could not be started
+            signal.signal(signal.SIGCHLD, self._before)
 
-    def _watch(self, process: subprocess.Popen[bytes], on_exit: Callable[[], None]) -> None:
-        process.wait()
-        on_exit()
+    def _child_has_ended(self, number: int, frame: FrameType | None) -> None:
+        self._notice_end()
+
+    def _notice_end(self) -> None:
+        if self._process is not None and self._process.poll() is not None:
+            # In one step, as a handler may come between any two.
+            on_exit, self._on_exit = self._on_exit, None
+            if on_exit is not None:
+                signal.signal(signal.SIGCHLD, self._before)
+                on_exit()

@@ -118,6 +118,13 @@ class Front:
             listener.close()
         self._listeners = []
 
+    def start_workers(self, live: Callable[[Callable[[Stack], bool]], int]) -> bool:
+        """Start the processes that serve in place of this one, if there are to be any; tell whether there are."""
+        return False
+
+    def reloaded(self, stack: Stack) -> None:
+        """Take note that live parameters of `stack`, or the log, have been read anew; between two clients."""
+
     # --- from any thread, and from signal handlers ---
 
     def finish(self) -> None:

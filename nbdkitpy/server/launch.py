@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from nbdkitpy import log
 from nbdkitpy.backend import ServerControl
-from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.server import linux, privileges
+from nbdkitpy.server.failures import GivenUp, Reported, report
 from nbdkitpy.server.linux import exit_with_parent
 from nbdkitpy.server.pidfile import Pidfile
 from nbdkitpy.stack import Stack
@@ -68,6 +68,19 @@ class Servable(ServerControl, Protocol):
     def bind(self) -> None:
         """Open the listeners."""
 
+    def start_workers(self, live: Callable[[Callable[[Stack], bool]], int]) -> bool:
+        """Start the processes that serve in place of this one, if there are to be any; tell whether there are.
+
+        Args:
+            live: What each of them calls, with a function that serves as :meth:`serve` does; returns the exit status.
+
+        Raises:
+            Reported: one has ended before it could serve, and has said why.
+        """
+
+    def reloaded(self, stack: Stack) -> None:
+        """Take note that live parameters of `stack`, or the log, have been read anew; while it serves."""
+
     def abort(self) -> None:
         """End at once."""
 
@@ -79,14 +92,6 @@ class Servable(ServerControl, Protocol):
 
     def close(self) -> None:
         """Close the listeners and remove their files; nothing happens if that is done."""
-
-
-class _Reported(Exception):  # noqa: N818  # no error of its own
-    """A step has failed, and the user has been told."""
-
-
-class _GivenUp(BaseException):
-    """A second signal came while a unit did not return. Not an Exception, as units catch those."""
 
 
 def launch(
@@ -128,22 +133,21 @@ def launch(
     captive = None if command is None else _captive(command)
     # The system sends SIGHUP also when a terminal is closed, and what was started there ends with it.
     terminals = [] if background or reload else [fd for fd in (0, 1, 2) if os.isatty(fd)]
-    life = _Life(server, stack, captive, notifier)
+    life = _Life(server, stack, captive, notifier, swap)
     try:
         with contextlib.ExitStack() as undo:
             life.begin(undo, background)
             identity = _call("", privileges.find_identity, user, group)
-            life.make_ready(_Reload(server, reload or log.reopen, notifier, terminals))
+            life.make_ready(_Reload(server, stack, reload or log.reopen, notifier, terminals))
             life.bind(selinux_label)
-            life.settle(identity, swap)
+            life.settle(identity)
             life.go_into_background(lambda: _tell(server, announce, print_uri))
-            if swap:
-                _call("", privileges.lock_memory)  # only now, as a process does not inherit that
+            life.lock_memory()  # only now, as a process does not inherit that
             life.open_for_clients(pidfile)
             if not background:
                 _call("", _tell, server, announce, print_uri)
             return life.serve(export_name)
-    except (_Reported, _GivenUp):
+    except (Reported, GivenUp):
         life.has_failed()
         return 1
 
@@ -151,11 +155,14 @@ def launch(
 class _Life:
     """The steps of a server's life, each of which leaves in `undo` what undoes it."""
 
-    def __init__(self, server: Servable, stack: Stack, captive: Captive | None, notifier: Notifier | None) -> None:
+    def __init__(
+        self, server: Servable, stack: Stack, captive: Captive | None, notifier: Notifier | None, swap: bool
+    ) -> None:
         self._server = server
         self._stack = stack
         self._captive = captive
         self._notifier = notifier
+        self._swap = swap
         self._undo = contextlib.ExitStack()
         self._background: Background | None = None
         self._held_up = False  # a backend has not returned: what it has can be neither closed nor cleaned up
@@ -182,9 +189,9 @@ class _Life:
         with privileges.socket_label(selinux_label):
             self._server.bind()
 
-    def settle(self, identity: privileges.Identity | None, swap: bool) -> None:
+    def settle(self, identity: privileges.Identity | None) -> None:
         """Give up what is not needed any more once the sockets are open."""
-        if swap:
+        if self._swap:
             privileges.allow_locking()
         if identity is not None:
             _call("", _become, identity)
@@ -193,13 +200,34 @@ class _Life:
         if self._background is not None:
             _call("", self._background.enter, tell, self._server.close)
 
+    def lock_memory(self) -> None:
+        if self._swap:
+            _call("", privileges.lock_memory)
+
     def open_for_clients(self, pidfile: str | None) -> None:
         if pidfile is not None:
             file = Pidfile(pidfile)
             self._undo.callback(file.remove)
             _call("", file.write)
+        if not self._call_unit("after_fork", self._server.start_workers, self.live_as_worker):
+            self._begin_units()
+
+    def _begin_units(self) -> None:
         self._undo.callback(self._end, "cleanup", self._stack.cleanup)
         self._call_unit("after_fork", self._stack.after_fork)
+
+    def live_as_worker(self, serve: Callable[[Stack], bool]) -> int:
+        """Be a process that was forked to serve by `serve`, until it ends; return its exit status."""
+        try:
+            with contextlib.ExitStack() as self._undo:  # what there was to be undone is the main process's
+                self.lock_memory()
+                self._begin_units()
+                if self._background is not None:
+                    self._background.leave()
+                self._held_up = not _call("", serve, self._stack)
+        except (Reported, GivenUp):
+            return 1
+        return int(self._held_up)
 
     def serve(self, export_name: str) -> int:
         if self._captive is not None:
@@ -223,10 +251,10 @@ class _Life:
         if not self._held_up:
             self._call_unit(step, function)
 
-    def _call_unit(self, step: str, function: Callable[[], None]) -> None:
+    def _call_unit(self, step: str, function: Callable[..., T], *args: object) -> T:
         self._in_unit = True
         try:
-            _call(step, function)
+            return _call(step, function, *args)
         finally:
             self._in_unit = False
 
@@ -257,16 +285,22 @@ class _Life:
     def _abort(self) -> None:
         self._server.abort()
         if self._in_unit:
-            raise _GivenUp
+            raise GivenUp
 
 
 class _Reload:
     """What SIGHUP brings about."""
 
     def __init__(
-        self, server: Servable, reload: Callable[[], Sequence[str]], notifier: Notifier | None, terminals: list[int]
+        self,
+        server: Servable,
+        stack: Stack,
+        reload: Callable[[], Sequence[str]],
+        notifier: Notifier | None,
+        terminals: list[int],
     ) -> None:
         self._server = server
+        self._stack = stack
         self._reload = reload
         self._notifier = notifier
         self._terminals = terminals
@@ -284,6 +318,7 @@ class _Reload:
         except Exception as error:  # all is as it was
             report("reload", error)
         else:
+            self._server.reloaded(self._stack)
             for line in lines or ["nothing to reload"]:
                 _logger.log(log.NOTICE, "reload: %s", line)
         if self._notifier is not None:
@@ -336,32 +371,8 @@ def _tell(server: Servable, announce: bool, print_uri: bool) -> None:
 def _call(step: str, function: Callable[..., T], *args: object) -> T:
     try:
         return function(*args)
-    except (Exception, SystemExit, _GivenUp) as error:  # a unit does not decide whether the server ends
+    except Reported:
+        raise
+    except (Exception, SystemExit, GivenUp) as error:  # a unit does not decide whether the server ends
         report(step, error)
-        raise _Reported from error
-
-
-def report(step: str, error: BaseException) -> None:
-    """Write one line on the terminal about `error`, with the traceback below it (``-v``) if it is a defect.
-
-    Args:
-        step: What was being done, for errors that do not say it; "" if all do.
-        error: ConfigError and OSError are expected; any other is a unit's defect.
-    """
-    expected = isinstance(error, (ConfigError, OSError, _GivenUp))
-    prefix = f"{step}: " if step and not isinstance(error, ConfigError) else ""
-    _logger.error("%s%s", prefix, _described(error), exc_info=None if expected else error, extra={"terminal": True})
-
-
-def _described(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, _GivenUp):
-        return "given up, as a second signal came"
-    try:
-        text = str(error)
-    except Exception:  # a unit's exception may be anything
-        text = ""
-    if isinstance(error, (ConfigError, OSError)) and text:
-        return text
-    return f"{type(error).__name__}: {text}".rstrip(": ")
+        raise Reported from error

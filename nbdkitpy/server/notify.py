@@ -63,6 +63,10 @@ class Notifier:
         """Say that we do not hang."""
         self._send("WATCHDOG=1")
 
+    def close(self) -> None:
+        """Say nothing more, as a process that was forked from the one that is meant."""
+        self._address, self._socket = None, None
+
     def _send(self, message: str) -> None:
         if self._address is None:
             return

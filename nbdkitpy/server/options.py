@@ -44,6 +44,7 @@ class ServerOptions(NamedTuple):
     export_name: str = ""  #: only for the URI
     readonly: bool = False
     threads: int = 16  #: the most workers that one connection has
+    workers: int = 0  #: processes that serve, beside the one that accepts clients; 0 is that one alone
     oldstyle: bool = False
     handshake_flags: int = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
     structured_replies: bool = True

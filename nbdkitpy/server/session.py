@@ -249,6 +249,9 @@ def admit(stack: Stack, client: Client, readonly: bool, log: logging.Logger) -> 
     except OSError as error:
         log.error("%s: %s: refused: %s", name, client, error.strerror or error)
         return False
+    except BaseException as error:
+        log.error("%s: %s: %s", name, client, describe(error), exc_info=error)
+        return False
     log.debug("%s: %s: accepted", name, client)
     return True
 

@@ -219,6 +219,10 @@ class Single:
     def bind(self) -> None:
         """Do nothing: the client is there."""
 
+    def start_workers(self, live: Callable[[Callable[[Stack], bool]], int]) -> bool:
+        """Start none: this process serves."""
+        return False
+
     def close(self) -> None:
         """Leave the client, if it has not been served."""
         connection, self._connection = self._connection, None
@@ -248,6 +252,9 @@ class Single:
         """Have the thread that serves, which is not that of the session, call `function`."""
         self._calls.append(function)
         self._wake.set()
+
+    def reloaded(self, stack: Stack) -> None:
+        """Do nothing: no other process serves."""
 
     # --- the main loop ---
 

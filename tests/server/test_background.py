@@ -25,6 +25,7 @@ import pytest
 from nbdkitpy import ConfigError, log
 from nbdkitpy.server import background as module
 from nbdkitpy.server.background import Background, redirect_to_nothing
+from nbdkitpy.server.forking import SIGNALS
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -539,7 +540,7 @@ class Launcher:
 
 @pytest.fixture
 def launcher() -> Iterator[Callable[[str], Launcher]]:
-    numbers = list(module._FORWARDED)
+    numbers = list(SIGNALS)
     before = [signal.getsignal(number) for number in numbers]
 
     def start(command: str) -> Launcher:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -108,16 +110,47 @@ def test_command_that_is_told_to_end_before_it_starts_is_not_started(tmp_path: P
 
 def test_signal_while_the_command_is_being_started_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
     captive = Captive("while :; do :; done")
-    start = threading.Thread.start
+    start = subprocess.Popen
 
-    def interrupted(thread: threading.Thread) -> None:
-        captive._ends += 1  # as by a handler that came before there was a process
-        start(thread)
+    def interrupted(argv: list[str]) -> subprocess.Popen[bytes]:
+        captive.end()  # as by a handler that came before there was a process
+        return start(argv)
 
-    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
     captive.start({}, lambda: None)
 
     assert captive.wait() == 128 + signal.SIGTERM
+
+
+def test_neither_a_thread_nor_a_handler_of_signals_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, before = threading.active_count(), signal.getsignal(signal.SIGCHLD)
+    captive = Captive("exec sleep 60")
+    captive.start({}, lambda: None)
+    assert threading.active_count() == threads
+    captive.reap()
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+    def fail(argv: list[str]) -> None:
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    captive = Captive("true")
+    with pytest.raises(BlockingIOError):
+        captive.start({}, lambda: None)
+    captive.reap()
+    assert signal.getsignal(signal.SIGCHLD) == before
+
+
+def test_the_end_of_other_children_is_not_taken_for_the_commands() -> None:
+    told: list[bool] = []
+    captive = Captive("exec sleep 60")
+    captive.start({}, lambda: told.append(True))
+
+    subprocess.run(["true"], check=True)
+
+    assert not told
+    captive.reap()
+    assert told == [True]
 
 
 def test_command_has_our_standard_streams_and_no_other_descriptor(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_no_more_are_taken_than_the_limit(make: Make) -> None:
 @KINDS
 def test_zero_is_told_each_time_that_it_is_reached(make: Make) -> None:
     told: list[int] = []
-    count = make(lambda: told.append(count.value))
+    count: SharedCount = make(lambda: told.append(count.value))
 
     for _ in range(2):
         count.take()
@@ -62,7 +62,7 @@ def test_zero_is_told_each_time_that_it_is_reached(make: Make) -> None:
 
 @KINDS
 def test_zero_is_told_without_a_lock_held(make: Make) -> None:
-    count = make(lambda: threads.append(start(count.take)))
+    count: SharedCount = make(lambda: threads.append(start(count.take)))
     threads: list[threading.Thread] = []
 
     count.take()

@@ -51,6 +51,12 @@ class FakeServer:
     def bind(self) -> None:
         self.note("bind")
 
+    def start_workers(self, live: Callable[[Callable[[Stack], bool]], int]) -> bool:
+        return False
+
+    def reloaded(self, stack: Stack) -> None:
+        self.note("reloaded")
+
     def serve(self, stack: Stack) -> bool:
         self.note("serve")
         if self.during is not None:
@@ -443,7 +449,7 @@ def test_sighup_reloads_and_logs_what_that_did(
 
     assert launch(server, stack, reload=lambda: lines) == 0
     assert messages() == [f"nbdkitpy: reload: {line}" for line in lines or ["nothing to reload"]]
-    assert server.events[4:7] == ["serve", "call_soon", "goes on"]
+    assert server.events[4:8] == ["serve", "call_soon", "reloaded", "goes on"]
 
 
 def test_reload_that_fails_leaves_all_as_it_was(
@@ -456,7 +462,7 @@ def test_reload_that_fails_leaves_all_as_it_was(
 
     assert launch(server, stack, reload=fail) == 0
     assert messages() == ["nbdkitpy: error: disk.toml: unknown key"]
-    assert "goes on" in server.events
+    assert server.events[4:7] == ["serve", "call_soon", "goes on"]
 
 
 def test_sighup_opens_the_log_anew_if_there_is_nothing_else(
@@ -539,7 +545,7 @@ def test_service_manager_is_told_of_a_reload(server: FakeServer, stack: Stack) -
 
     launch(server, stack, notifier=FakeNotifier(server.events), reload=reload)
 
-    assert server.events[6:10] == ["call_soon", "RELOADING=1", "reload", "READY=1"]
+    assert server.events[6:11] == ["call_soon", "RELOADING=1", "reload", "reloaded", "READY=1"]
 
 
 @pytest.mark.parametrize("step", LIFE[:4])

@@ -1,0 +1,129 @@
+"""A worker: a process that serves the clients which the main process hands over to it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import os
+import signal
+import socket
+from types import FrameType
+
+from nbdkitpy import log
+from nbdkitpy.server.channel import Channel, Kind, Message
+from nbdkitpy.server.failures import report
+from nbdkitpy.server.forking import SIGNALS, unblock_signals
+from nbdkitpy.server.options import ServerOptions
+from nbdkitpy.server.service import Server
+from nbdkitpy.stack import Stack
+
+__all__ = ["Worker", "pack_reload", "settle"]
+
+
+class Worker(Server):
+    """Serves clients as a server does that listens, but hears of them, and of all else, from the main process.
+
+    Args:
+        options: Of the whole server.
+        channel: To the main process.
+    """
+
+    _are_admitted = True
+
+    def __init__(self, options: ServerOptions, channel: Channel) -> None:
+        share = -(-options.max_handshakes // options.workers)  # rounded up
+        super().__init__(dataclasses.replace(options, endpoints=(), max_handshakes=share))
+        self._channel = channel
+
+    def serve(self, stack: Stack) -> bool:
+        """Serve clients until the main process says that it is over, or is there no more."""
+        self._watch(self._channel.fileno(), functools.partial(self._hear, stack))
+        self._tell(Kind.READY)
+        try:
+            return super().serve(stack)
+        finally:
+            self._tell(Kind.DONE)
+
+    def _tell(self, kind: Kind) -> None:
+        with contextlib.suppress(OSError):  # the main process has gone, which ends us
+            self._channel.send(kind)
+
+    def _has_left(self) -> None:
+        self._tell(Kind.LEFT)
+        super()._has_left()
+
+    def _hear(self, stack: Stack) -> bool:
+        """Do what one message asks for; False if there was no room for its client."""
+        try:
+            message = self._channel.receive()
+        except BlockingIOError:
+            return True
+        if message is None:  # the main process was killed
+            self._unwatch(self._channel.fileno())
+            self.shutdown()
+        elif message.kind is Kind.CLIENT:
+            return self._take_over(message, stack)
+        elif message.kind is Kind.RELOAD:
+            _reload(message, stack)
+        elif message.kind is Kind.ABORT:
+            self.abort()
+        else:
+            self.shutdown()
+        return True
+
+    def _take_over(self, message: Message, stack: Stack) -> bool:
+        if message.fd is None:
+            self._complain("cannot take a client over: %s", os.strerror(errno.EMFILE))
+            self._has_left()
+            return False
+        return self._take(socket.socket(fileno=message.fd), message.number, stack)
+
+
+def settle(number: int) -> None:
+    """Become the process of worker `number`, after the fork: the main process sees to signals from now on."""
+    signal.set_wakeup_fd(-1)  # which is the main process's
+    for each in SIGNALS:
+        # Not SIG_IGN, which programs that a unit starts would inherit.
+        signal.signal(each, _leave_to_main)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    unblock_signals()
+    with contextlib.suppress(OSError), open("/proc/self/comm", "w", encoding="ascii") as name:
+        name.write(f"nbdkitpy-{number}")
+
+
+def _leave_to_main(number: int, frame: FrameType | None) -> None:
+    """Do nothing: who interrupts at a terminal, or stops a service, sends the signal to all of its processes."""
+
+
+# --- live parameters ---
+
+
+def pack_reload(stack: Stack) -> int:
+    """Return the descriptor of a file in memory that says what has last been reloaded; there may be much of it.
+
+    Raises:
+        OSError: there is no room.
+    """
+    changes = [[stack.layers.index(layer), keys] for layer, keys in stack.last_reload.items()]
+    fd = os.memfd_create("nbdkitpy-reload", os.MFD_CLOEXEC)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(json.dumps(changes).encode("ascii"))
+    return fd
+
+
+def _reload(message: Message, stack: Stack) -> None:
+    try:
+        if message.fd is None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        try:
+            # From its beginning, wherever others have read, as they share the position.
+            changes = json.loads(os.pread(message.fd, os.fstat(message.fd).st_size, 0))
+        finally:
+            os.close(message.fd)
+        stack.reload({stack.layers[index]: keys for index, keys in changes})
+        log.reopen()
+    except Exception as error:  # a unit's may be anything
+        report(f"worker {os.getpid()}: reload", error)
