@@ -1,0 +1,531 @@
+"""Several processes that serve: clients are shared out, and what happens in one is right in the others."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import signal
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nbdkitpy.protocol.constants import Command
+from tests.interop.harness import PATIENCE
+from tests.nbdclient import NbdClient, Refused
+from tests.pools import Pool, dial, ended, events, eventually, kill_worker_of, popen, prepared, run, worker_of
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return prepared(tmp_path)
+
+
+@pytest.fixture
+def start(directory: Path) -> Iterator[Callable[..., Pool]]:
+    """Start servers; at the end no process is left of them."""
+    pools: list[Pool] = []
+
+    def begin(*words: str | Path, **options: object) -> Pool:
+        pools.append(Pool(directory, *words, **options))  # type: ignore[arg-type]
+        return pools[-1]
+
+    yield begin
+    for pool in pools:
+        with ended(*pool.pids("after_fork")):
+            pool.kill()
+
+
+# --- sharing out ---
+
+
+def test_clients_are_shared_out_evenly(start: Callable[..., Pool]) -> None:
+    pool = start()
+
+    clients = [pool.client() for _ in range(4)]
+
+    assert sorted(Counter(map(worker_of, clients)).values()) == [2, 2]
+    assert pool.pid not in map(worker_of, clients)
+
+
+def test_who_has_the_fewest_clients_gets_the_next(start: Callable[..., Pool]) -> None:
+    pool = start()
+    clients = [pool.client() for _ in range(4)]
+    emptied = worker_of(clients[0])
+    for client in [client for client in clients if worker_of(client) == emptied]:
+        client.disconnect()
+    eventually(lambda: len(pool.pids("close")) == 2)
+
+    assert [worker_of(pool.client()), worker_of(pool.client())] == [emptied] * 2
+
+
+def test_each_process_calls_what_is_its_part(start: Callable[..., Pool]) -> None:
+    pool = start()
+    client = pool.client()
+    worker = worker_of(client)
+    client.disconnect()
+    pool.end()
+
+    first, second = pool.pids("after_fork")
+    assert pool.events()[:4] == [
+        ("get_ready", pool.pid),
+        ("after_fork", first),
+        ("after_fork", second),
+        ("preconnect", pool.pid),
+    ]
+    assert pool.events()[4] == ("close", worker)
+    assert sorted(pool.pids("cleanup")) == sorted([first, second])
+    assert pool.events()[-1] == ("unload", pool.pid)
+    assert len({pool.pid, first, second}) == 3
+
+
+def test_a_unit_that_fails_to_judge_a_client_ends_that_client_alone(start: Callable[..., Pool]) -> None:
+    pool = start(parameters=["bad=preconnect"])
+
+    for _ in range(2):
+        assert pool.dial().at_end()
+
+    assert [line for line in pool.end() if "preconnect" in line or "KeyError" in line]
+
+
+def test_a_refused_client_gets_nothing_and_the_reason_is_logged(start: Callable[..., Pool]) -> None:
+    pool = start("--filter=ip", parameters=["deny=all"])
+
+    assert pool.dial().at_end()
+
+    (line,) = pool.end()
+    assert line.startswith("nbdkitpy: error: pids[1]: connection 1 (unix ")
+    assert "refused: client not permitted to connect" in line
+
+
+def test_the_main_process_keeps_nothing_of_its_clients(start: Callable[..., Pool]) -> None:
+    pool = start()
+    worker_of(pool.client())
+    kinds = ("fd", "task")
+    before = [len(os.listdir(f"/proc/{pool.pid}/{kind}")) for kind in kinds]
+
+    for _ in range(200):
+        with pool.client() as client:
+            client.disconnect()
+
+    assert [len(os.listdir(f"/proc/{pool.pid}/{kind}")) for kind in kinds] == before
+    assert before[1] == 1
+
+
+def sockets(pid: int) -> set[str]:
+    links = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+    return {link for link in links if link.startswith("socket:")}
+
+
+def test_workers_have_no_socket_but_the_one_to_the_main_process(start: Callable[..., Pool]) -> None:
+    pool = start(workers=3)
+
+    found = [sockets(pid) for pid in pool.pids("after_fork")]
+
+    assert [len(each) for each in found] == [1, 1, 1]
+    assert not set.intersection(*found)
+
+
+# --- counts ---
+
+
+def accepted(pool: Pool) -> NbdClient | None:
+    """A client if it gets in."""
+    client = pool.dial()
+    with contextlib.suppress(OSError, EOFError, Refused):
+        return client.negotiate()
+    client.socket.close()
+    return None
+
+
+def test_the_limit_is_that_of_all_workers_and_slots_of_a_killed_one_come_back(start: Callable[..., Pool]) -> None:
+    pool = start("--filter=limit", parameters=["limit=3"])
+    found: list[NbdClient | None] = []
+    barrier = threading.Barrier(40)
+
+    def come() -> None:
+        barrier.wait(PATIENCE)
+        found.append(accepted(pool))
+
+    threads = [threading.Thread(target=come) for _ in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    clients = [client for client in found if client is not None]
+    assert len(clients) == 3
+
+    victim = worker_of(clients[0])
+    theirs = [client for client in clients if worker_of(client) == victim]
+    kill_worker_of(clients[0])
+    for _ in theirs:
+        eventually(lambda: accepted(pool) is not None)
+
+    assert accepted(pool) is None
+    assert all(worker_of(client) for client in clients if client not in theirs)
+    pool.end()
+
+
+def test_the_server_ends_after_the_very_last_client_of_all_workers(start: Callable[..., Pool]) -> None:
+    pool = start("--filter=exitlast")
+    clients = [pool.client() for _ in range(4)]
+
+    for client in clients[:-1]:
+        client.disconnect()
+        assert worker_of(clients[-1])
+    clients[-1].disconnect()
+
+    assert pool.wait() == []
+
+
+def test_the_server_ends_also_if_the_worker_of_the_last_client_is_killed(start: Callable[..., Pool]) -> None:
+    pool = start("--filter=exitlast")
+    clients = [pool.client() for _ in range(3)]
+    clients.sort(key=lambda client: [worker_of(each) for each in clients].count(worker_of(client)))
+    alone, *others = clients
+    for client in others:
+        client.disconnect()
+    eventually(lambda: len(pool.pids("close")) == 2)
+
+    pid = kill_worker_of(alone)
+
+    assert [line.partition(") ")[2] for line in pool.wait()] == ["was killed by SIGKILL: 1 client is disconnected"]
+    assert pid in pool.pids("after_fork")
+
+
+# --- a worker that is killed ---
+
+
+def test_a_killed_worker_takes_only_its_clients_and_is_replaced(start: Callable[..., Pool]) -> None:
+    pool = start()
+    clients = [pool.client() for _ in range(4)]
+    victim = worker_of(clients[0])
+    others = [client for client in clients if worker_of(client) != victim]
+
+    kill_worker_of(clients[0])
+
+    assert len({worker_of(client) for client in others}) == 1
+    eventually(lambda: worker_of(pool.client()) not in (victim, worker_of(others[0])))
+    lines = pool.end()
+    assert lines[0] in [
+        f"nbdkitpy: error: worker {number} (pid {victim}) was killed by SIGKILL: 2 clients are disconnected"
+        for number in (1, 2)
+    ]
+    assert len(pool.pids("after_fork")) == 3
+
+
+def test_all_workers_may_be_killed_and_clients_wait_for_others(start: Callable[..., Pool]) -> None:
+    pool = start()
+    clients = [pool.client() for _ in range(2)]
+
+    for client in clients:
+        kill_worker_of(client)
+
+    assert worker_of(pool.client()) in pool.pids("after_fork")[2:]
+
+
+def test_a_worker_that_cannot_begin_any_more_is_tried_again_now_and_then(start: Callable[..., Pool]) -> None:
+    pool = start(parameters=["bad=replaced"], workers=1)
+    client = pool.client()
+    Path(f"{pool.journal}.bad").touch()
+    kill_worker_of(client)
+    later = pool.dial()  # it has to wait
+
+    eventually(lambda: len(pool.pids("after_fork")) >= 3)
+    tries = len(pool.pids("after_fork"))
+    Path(f"{pool.journal}.bad").unlink()
+
+    assert worker_of(later.negotiate()) == pool.pids("after_fork")[-1]
+    assert tries == 3
+    lines = pool.end()
+    assert [line for line in lines if "after_fork: the disk is on fire" in line]
+    assert [line for line in lines if "has ended with exit status 1: 0 clients are disconnected" in line]
+
+
+# --- the beginning ---
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        ("after_fork", r"nbdkitpy: error: after_fork: the disk is on fire"),
+        ("killed", r"nbdkitpy: error: worker 1 \(pid \d+\) was killed by SIGKILL: 0 clients are disconnected"),
+        (
+            "thread",
+            r"nbdkitpy: error: cannot start workers: a back end has started threads \(early\) before after_fork; "
+            "leave --workers out",
+        ),
+    ],
+)
+@pytest.mark.parametrize("foreground", [True, False])
+def test_a_failure_at_the_beginning_is_told_in_one_line(foreground: bool, bad: str, text: str, directory: Path) -> None:
+    if bad == "thread" and not foreground:
+        text = text.replace("start workers", "go into the background").replace("leave --workers out", "use -f")
+    words = [*(["-f"] if foreground else []), "-U", "-", "pids", f"journal={directory}/j", f"bad={bad}"]
+
+    status, _, errors = run(directory, *words)
+
+    assert status == 1
+    assert re.fullmatch(f"{text}\n", errors)
+    assert len([event for event, _ in events(directory / "j") if event == "after_fork"]) == (bad != "thread")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["memory", "1M"], "--workers: memory has to be in one process with all clients"),
+        (["--check-config", "memory", "1M"], "--workers: memory has to be in one process with all clients"),
+        (["-s", "null", "1M"], "--workers: with -s there is one client, which one process serves"),
+        (["--workers=-1", "null", "1M"], "an integer from 0 to 1024"),
+    ],
+)
+def test_what_cannot_have_workers_says_so(words: list[str], text: str, tmp_path: Path) -> None:
+    status, _, errors = run(tmp_path, *words)
+
+    assert status in (1, 2)
+    assert text in errors
+
+
+def test_in_the_background_workers_have_nothing_of_the_caller(directory: Path) -> None:
+    options = ("-U", f"{directory}/s", "-P", f"{directory}/pid", "--log=null")
+
+    done = run(directory, *options, "pids", f"journal={directory}/j")
+
+    assert done == (0, "", "")  # it was read to the end: nobody keeps it open
+    main = int((directory / "pid").read_text())
+    with ended(main):
+        with dial(f"{directory}/s") as client:
+            worker = worker_of(client)
+            streams = [os.readlink(f"/proc/{worker}/fd/{fd}") for fd in (0, 1, 2)]
+            pipes = [fd for fd in os.listdir(f"/proc/{worker}/fd") if not _is_ours(worker, fd, main)]
+        os.kill(main, signal.SIGTERM)
+    assert main != worker
+    assert streams == ["/dev/null"] * 3
+    assert not pipes
+    assert not os.path.exists(f"{directory}/pid")
+
+
+def _is_ours(pid: int, fd: str, main: int) -> bool:
+    """Whether a descriptor is none of a pipe, or of one that the main process has too: that which wakes it up."""
+    link = os.readlink(f"/proc/{pid}/fd/{fd}")
+    if not link.startswith("pipe:"):
+        return True
+    ends = [os.readlink(f"/proc/{each}/fd/{n}") for each in (pid, main) for n in os.listdir(f"/proc/{each}/fd")]
+    return ends.count(link) >= 2
+
+
+# --- the end ---
+
+
+def test_an_interrupt_at_the_terminal_is_for_the_main_process(directory: Path) -> None:
+    journal = directory / "j"
+    words = ("-f", "-U", f"{directory}/s", "--print-uri", "pids", f"journal={journal}")
+    process = popen(directory, *words, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    client = dial(f"{directory}/s")
+    with client:
+        os.killpg(process.pid, signal.SIGINT)
+        assert client.at_end()
+
+    _, errors = process.communicate(timeout=PATIENCE)
+
+    assert (process.returncode, errors) == (0, "")
+    assert len([event for event, _ in events(journal) if event == "cleanup"]) == 2
+
+
+def test_what_was_acknowledged_before_the_end_is_kept(start: Callable[..., Pool], tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    pool = start(plugin="file", parameters=[f"file={disk}"])
+    written: set[int] = set()
+    enough = threading.Semaphore(0)
+
+    def write(number: int) -> None:
+        with pool.client() as client, contextlib.suppress(OSError, EOFError, AssertionError):
+            for place in range(number, 256, 4):
+                client.write(place * 4096, bytes([place]) * 4096)
+                written.add(place)
+                enough.release()
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for _ in range(40):
+        assert enough.acquire(timeout=PATIENCE)
+    pool.end()
+    for thread in threads:
+        thread.join()
+
+    content = disk.read_bytes()
+    assert all(content[place * 4096 : (place + 1) * 4096] == bytes([place]) * 4096 for place in written)
+
+
+def test_workers_end_in_order_when_the_main_process_is_killed(start: Callable[..., Pool]) -> None:
+    pool = start()
+    clients = [pool.client() for _ in range(2)]
+    workers = [worker_of(client) for client in clients]
+
+    with ended(*workers):
+        os.kill(pool.pid, signal.SIGKILL)
+
+    assert all(client.at_end() for client in clients)
+    assert sorted(pool.pids("cleanup")) == sorted(workers)
+    assert not pool.pids("unload")
+
+
+def held_up(pool: Pool) -> NbdClient:
+    """A client of which a read does not come back."""
+    client = pool.client()
+    client.send(Command.READ, 4096, 512)
+    eventually(lambda: bool(pool.pids("held up")))
+    return client
+
+
+def test_a_backend_that_does_not_return_does_not_hold_up_the_end(start: Callable[..., Pool]) -> None:
+    pool = start("--drain=0.1")
+    held_up(pool)
+
+    os.kill(pool.pid, signal.SIGTERM)
+
+    assert pool._process.wait(PATIENCE) == 1
+    assert pool.log() == ["nbdkitpy: error: still held up in the backend, abandoned: pids[1]"]
+    assert len(pool.pids("cleanup")) == 1  # of the other one
+
+
+def test_the_second_signal_ends_all_at_once(start: Callable[..., Pool]) -> None:
+    pool = start("--drain=3600")
+    client = held_up(pool)
+
+    os.kill(pool.pid, signal.SIGTERM)
+    eventually(lambda: not os.path.exists(pool.unix_path))  # it has taken note
+    os.kill(pool.pid, signal.SIGTERM)
+
+    assert client.at_end()
+    assert pool._process.wait(PATIENCE) == 1
+
+
+def test_a_cleanup_that_does_not_return_is_cut_short_by_the_second_signal(start: Callable[..., Pool]) -> None:
+    pool = start(parameters=["bad=cleanup"])
+    os.kill(pool.pid, signal.SIGTERM)
+    eventually(lambda: len(pool.pids("cleanup")) == 2)
+
+    os.kill(pool.pid, signal.SIGTERM)
+
+    assert pool._process.wait(PATIENCE) == 1
+    assert [line.partition(") ")[2] for line in pool.log()] == ["does not end, and is killed"] * 2
+
+
+def test_the_server_ends_with_the_command_of_run_and_its_status(directory: Path) -> None:
+    done = run(directory, "--run", 'test -S "$unixsocket" && echo "$uri"; exit 7', "pids", f"journal={directory}/j")
+
+    assert done[0] == 7
+    assert done[1].startswith("nbd+unix://")
+    assert done[2] == ""
+    assert len([event for event, _ in events(directory / "j") if event == "cleanup"]) == 2
+
+
+# --- what else has to work with several processes ---
+
+
+def test_a_reload_reaches_all_workers_and_those_begun_later(start: Callable[..., Pool], tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    log, long = tmp_path / "log", "w" * 500_000  # more than there is room for in a message
+
+    def say(word: str) -> None:
+        config.write_text(
+            f'server.log = "{log}"\n[plugin]\nname = "pids"\njournal = "{tmp_path}/journal"\nword = "{word}"\n'
+        )
+
+    say("before")
+    pool = start("--config", str(config))
+    clients = [pool.client() for _ in range(2)]
+
+    for word in ("after", long):
+        say(word)
+        log.rename(tmp_path / "old")
+        os.kill(pool.pid, signal.SIGHUP)
+        for client in clients:
+            eventually(lambda client=client, word=word: word.encode() in client.read(0, 600_000))  # type: ignore[misc]
+    kill_worker_of(clients[0])
+
+    eventually(lambda: worker_of(pool.client()) == [*pool.pids("after_fork"), 0][2])
+    newcomer = pool.client()
+    assert long.encode() in newcomer.read(0, 600_000)
+    for pid in (pool.pid, worker_of(clients[1])):
+        assert str(log) in [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+
+
+def test_a_reload_that_a_worker_refuses_is_logged_and_ends_nothing(start: Callable[..., Pool], tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    text = f'[plugin]\nname = "pids"\njournal = "{tmp_path}/journal"\nword = "%s"\n'
+    config.write_text(text % "right")
+    pool = start("--config", str(config))
+    client = pool.client()
+
+    config.write_text(text % "wrong")
+    os.kill(pool.pid, signal.SIGHUP)
+    eventually(lambda: len([line for line in pool.log() if "only a worker minds" in line]) == 2)
+
+    assert b"right" in client.read(0, 64)
+
+
+def test_a_flush_in_one_worker_covers_writes_in_another(start: Callable[..., Pool], tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    pool = start(plugin="file", parameters=[f"file={disk}"])
+    writer, flusher = pool.client(), pool.client()
+    data = random.Random(4).randbytes(4096)
+
+    writer.write(8192, data)
+    flusher.send(Command.FLUSH)
+    assert not flusher.reply().error
+
+    assert flusher.read(8192, 4096) == data
+    assert disk.read_bytes()[8192:12288] == data
+
+
+def test_the_service_manager_is_told_by_the_main_process_alone(start: Callable[..., Pool], directory: Path) -> None:
+    manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    manager.bind(f"{directory}/notify")
+    manager.settimeout(PATIENCE)
+    env = {"NOTIFY_SOCKET": f"{directory}/notify", "WATCHDOG_USEC": "100000"}
+    process = popen(directory, "-f", "-U", f"{directory}/s", "pids", f"journal={directory}/j", env=env)
+    told = told_by(manager)
+    assert next(told) == "READY=1"
+    clients = []
+    for number in (1, 2, 3):
+        clients.append(dial(f"{directory}/s"))
+        wanted = "STATUS=1 client is connected" if number == 1 else f"STATUS={number} clients are connected"
+        assert wanted in told
+    assert "WATCHDOG=1" in told
+    kill_worker_of(clients[2])
+    assert "WATCHDOG=1" in told
+    process.send_signal(signal.SIGTERM)
+    assert "STOPPING=1" in told
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    assert "was killed by SIGKILL" in errors
+    manager.close()
+    for client in clients:
+        client.socket.close()
+
+
+def told_by(manager: socket.socket) -> Iterator[str]:
+    while True:
+        yield manager.recv(1024).decode()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is sure to be allowed to")
+def test_the_memory_of_each_process_is_locked(start: Callable[..., Pool]) -> None:
+    pool = start("--swap")
+
+    for pid in (pool.pid, *pool.pids("after_fork")):
+        status = Path(f"/proc/{pid}/status").read_text()
+        locked = next(line.split()[1] for line in status.splitlines() if line.startswith("VmLck:"))
+        assert int(locked) > 0
