@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -95,6 +96,36 @@ def test_a_failure_is_of_one_file_under_all_its_names(
     plugin.unload()
 
 
+def test_a_failure_in_one_process_is_one_in_all(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sound").write_bytes(bytes(4096))
+    plugin = plugin_on("dir", tmp_path)
+    handle, sound = (plugin.open(name, False, CLIENT) for name in ("disk", "sound"))
+    pid = os.fork()
+    if not pid:
+        monkeypatch.setattr(os, "fdatasync", lambda fd: os.pread(-1, 1, 0))
+        with contextlib.suppress(OSError):
+            plugin.open("disk", False, CLIENT).flush()
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+    sound.flush()
+    with pytest.raises(OSError, match="an earlier flush failed, so writes may be lost") as caught:
+        handle.flush()
+
+    assert caught.value.errno == errno.EIO
+    for each in (handle, sound):
+        each.close()
+    plugin.unload()
+
+
+def test_a_failure_that_another_process_is_told_of_meanwhile_counts_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = bytearray(1)
+    monkeypatch.setattr(os, "fdatasync", lambda fd: failures.__setitem__(0, 1))
+
+    with pytest.raises(OSError, match="an earlier flush failed"):
+        FileSync(failures, 0).flush(0)
+
+
 def test_files_that_are_not_open_any_more_are_forgotten(disk: Path) -> None:
     syncs = FileSyncs()
     first = syncs.of(os.stat(disk))
@@ -144,7 +175,7 @@ def at_once(sync: FileSync, count: int, finished: Callable[[BaseException | None
 
 @pytest.mark.parametrize("failing", [False, True])
 def test_flushes_that_wait_share_the_next_one_and_its_failure(failing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    sync, lock = FileSync(lambda failed: None), _CountingLock()
+    sync, lock = FileSync(bytearray(1), 0), _CountingLock()
     monkeypatch.setattr(sync, "_lock", lock)
     running, proceed = threading.Event(), threading.Event()
     flushes: list[int] = []
@@ -177,7 +208,7 @@ def test_flushes_that_wait_share_the_next_one_and_its_failure(failing: bool, mon
 def test_flushes_one_after_the_other_are_all_done(monkeypatch: pytest.MonkeyPatch) -> None:
     flushes: list[int] = []
     monkeypatch.setattr(os, "fdatasync", flushes.append)
-    sync = FileSync(lambda failed: None)
+    sync = FileSync(bytearray(1), 0)
 
     for fd in range(3):
         sync.flush(fd)
@@ -190,6 +221,6 @@ def test_fsync_serves_where_there_is_no_fdatasync(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delattr(os, "fdatasync")
     monkeypatch.setattr(os, "fsync", flushes.append)
 
-    FileSync(lambda failed: None).flush(7)
+    FileSync(bytearray(1), 0).flush(7)
 
     assert flushes == [7]

@@ -8,23 +8,32 @@ remembered. And a flush that waits while another one runs is often covered by th
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
 import threading
 import weakref
-from collections.abc import Callable
 
 __all__ = ["FileSync", "FileSyncs"]
 
+#: Places for failures: two files share one, and then the failure, with a probability of one in so many.
+_PLACES = 1 << 16
+
 
 class FileSync:
-    """Flushes one file. `failed` is called once, when a flush has failed for the first time."""
+    """Flushes one file.
 
-    def __init__(self, failed: Callable[[FileSync], None]) -> None:
-        self._report = failed
+    Args:
+        failures: A failure is noted there, for all processes that have it in common.
+        place: Where in it.
+    """
+
+    def __init__(self, failures: mmap.mmap | bytearray, place: int) -> None:
+        self._failures = failures
+        self._place = place
         self._lock = threading.Lock()  # held while the file is being flushed
         self._begun = 0  # counts flushes of the file, when they begin
-        self._failure = ""
+        self._failure = ""  # text of the one that failed here
 
     def flush(self, fd: int) -> None:
         """Return when everything written to the file before the call is on stable storage.
@@ -37,8 +46,7 @@ class FileSync:
         """
         begun = self._begun
         with self._lock:
-            if self._failure:
-                raise OSError(errno.EIO, f"an earlier flush failed ({self._failure}), so writes may be lost")
+            self._check()
             if self._begun != begun:
                 return  # a flush that began after this call has ended
             self._begun += 1
@@ -46,17 +54,26 @@ class FileSync:
                 _fdatasync(fd)
             except OSError as error:
                 self._failure = str(error)
-                self._report(self)
+                self._failures[self._place] = 1
                 raise
+            self._check()  # a process that shares this very descriptor may have been told in our place
+
+    def _check(self) -> None:
+        if self._failures[self._place]:
+            why = f" ({self._failure})" if self._failure else ""
+            raise OSError(errno.EIO, f"an earlier flush failed{why}, so writes may be lost")
 
 
 class FileSyncs:
-    """Finds the :class:`FileSync` of each file that is open, and keeps those of files that could not be flushed."""
+    """Finds the :class:`FileSync` of each file that is open, and remembers which files could not be flushed.
+
+    Processes that are forked later remember it together.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._of_file: weakref.WeakValueDictionary[tuple[int, int, int], FileSync] = weakref.WeakValueDictionary()
-        self._failed: list[FileSync] = []
+        self._failures = mmap.mmap(-1, _PLACES)
 
     def of(self, status: os.stat_result) -> FileSync:
         """Return the one of the file that `status` describes; a block device is one file under all its names."""
@@ -65,7 +82,7 @@ class FileSyncs:
         with self._lock:
             found = self._of_file.get(file)
             if found is None:
-                found = self._of_file[file] = FileSync(self._failed.append)
+                found = self._of_file[file] = FileSync(self._failures, hash(file) % _PLACES)
             return found
 
 
