@@ -27,6 +27,8 @@ class Disk(Handle):
     def get_size(self):
         return 1 << 20
     def pread(self, count, offset):
+        if offset == 8192:
+            self.plugin.server.shutdown()
         if offset == 4096:
             self.plugin.note("held up")
             threading.Event().wait()
@@ -55,6 +57,14 @@ class Pids(Plugin):
         self.note("after_fork")
         if self.bad == "after_fork":
             raise OSError(errno.EIO, "the disk is on fire")
+        with open(self.journal) as journal:
+            is_second = journal.read().count("after_fork") == 2
+        if self.bad == "second" and is_second:
+            raise OSError(errno.EIO, "one disk too many")
+        if self.bad == "count":
+            self.server.shared_count()
+        if self.bad == "waits":
+            threading.Event().wait()
         if self.bad == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.bad == "replaced" and os.path.exists(self.journal + ".bad"):

@@ -63,7 +63,7 @@ class Pool(Front):
     def __init__(self, options: ServerOptions) -> None:
         linux.require("--workers")
         super().__init__(options)
-        self._live: Callable[[Callable[[Stack], bool]], int] = _not_yet
+        self._live: Callable[[Callable[[Stack], bool]], int] | None = None  # what a worker does; None before the first
         self._processes: dict[int, _Process] = {}  # by number
         self._due: dict[int, float] = {}  # numbers of those to be begun, and when
         self._latest = 0  # number of the one that was given the last client
@@ -96,7 +96,7 @@ class Pool(Front):
         Raises:
             RuntimeError: the workers are there already, or this is one.
         """
-        if self._live is not _not_yet:
+        if self._live is not None:
             raise RuntimeError("shared_count must be called in load or get_ready, before the workers begin")
         count = ProcessCount(1 + self.options.workers, on_zero)
         self._counts.append(count)
@@ -153,6 +153,7 @@ class Pool(Front):
         try:
             settle(number)
             self._forget_main(number, channel)
+            assert self._live is not None, "start_workers has set it"
             status = self._live(Worker(self.options, channel).serve)
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
@@ -320,10 +321,6 @@ class Pool(Front):
             self._log.error("%s does not end, and is killed", process)
             self._reap(process)
             self._all_well = False
-
-
-def _not_yet(serve: Callable[[Stack], bool]) -> int:
-    raise RuntimeError("start_workers has not been called")
 
 
 def _exit_status(pid: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import re
@@ -16,9 +17,12 @@ from pathlib import Path
 import pytest
 
 from nbdkitpy.protocol.constants import Command
+from nbdkitpy.server import pool as module
+from nbdkitpy.server.channel import Channel, Kind
 from tests.interop.harness import PATIENCE
 from tests.nbdclient import NbdClient, Refused
 from tests.pools import Pool, dial, ended, events, eventually, kill_worker_of, popen, prepared, run, worker_of
+from tests.serving import Disks, make_stack, open_descriptors, unix_options
 
 
 @pytest.fixture
@@ -319,7 +323,54 @@ def _is_ours(pid: int, fd: str, main: int) -> bool:
     return ends.count(link) >= 2
 
 
+def test_workers_that_have_begun_end_in_order_if_another_one_cannot_begin(directory: Path) -> None:
+    status, _, errors = run(directory, "-f", "-U", "-", "pids", f"journal={directory}/j", "bad=second")
+
+    assert (status, errors) == (1, "nbdkitpy: error: after_fork: one disk too many\n")
+    noted = events(directory / "j")
+    assert [event for event, _ in noted] == ["get_ready", *["after_fork"] * 2, *["cleanup"] * 2, "unload"]
+    assert {pid for event, pid in noted if event == "cleanup"} == {pid for event, pid in noted if event == "after_fork"}
+
+
+def test_a_count_that_comes_too_late_to_be_shared_is_an_error(directory: Path) -> None:
+    status, _, errors = run(directory, "-f", "-U", "-", "pids", f"journal={directory}/j", "bad=count")
+
+    assert status == 1
+    assert "shared_count must be called in load or get_ready, before the workers begin" in errors
+
+
+def test_a_beginning_that_does_not_end_is_cut_short_by_the_second_signal(directory: Path) -> None:
+    journal = directory / "j"
+    process = popen(directory, "-f", "-U", f"{directory}/s", "pids", f"journal={journal}", "bad=waits")
+    eventually(lambda: [event for event, _ in events(journal)].count("after_fork") == 1)
+
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        eventually(lambda: pending(process.pid) == 0)
+
+    _, errors = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    worker = events(journal)[1]
+    assert errors == f"nbdkitpy: error: worker 1 (pid {worker[1]}) does not end, and is killed\n"
+
+
+def pending(pid: int) -> int:
+    """Signals that wait for a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("ShdPnd:")), 16)
+
+
 # --- the end ---
+
+
+def test_a_backend_in_a_worker_can_end_the_whole_server(start: Callable[..., Pool]) -> None:
+    pool = start()
+    clients = [pool.client() for _ in range(2)]
+
+    clients[0].send(Command.READ, 8192, 512)
+
+    assert clients[1].at_end()
+    assert pool.wait() == []
 
 
 def test_an_interrupt_at_the_terminal_is_for_the_main_process(directory: Path) -> None:
@@ -529,3 +580,194 @@ def test_the_memory_of_each_process_is_locked(start: Callable[..., Pool]) -> Non
         status = Path(f"/proc/{pid}/status").read_text()
         locked = next(line.split()[1] for line in status.splitlines() if line.startswith("VmLck:"))
         assert int(locked) > 0
+
+
+# --- the main process alone, in that of the tests ---
+
+
+class Workers:
+    """In place of workers: processes that do nothing, whose part in what is said a test plays."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ends: list[Channel] = []
+        self.pids: list[int] = []
+        self.failures: list[OSError] = []
+        # Made before there are channels, which a new process has open for a moment even if it is not to inherit them.
+        self._spare = [os.posix_spawn("/bin/sleep", ["sleep", "3600"], {}) for _ in range(3)]
+        self._pair = Channel.pair
+        monkeypatch.setattr(Channel, "pair", self.pair)
+        monkeypatch.setattr(module, "fork", self.fork)
+
+    def pair(self) -> tuple[Channel, Channel]:
+        ours, theirs = self._pair()
+        copy = Channel(theirs._socket.dup(), waits=True)
+        self.ends.append(copy)
+        return ours, theirs
+
+    def fork(self) -> int:
+        if self.failures:
+            self.ends.pop().close()
+            raise self.failures.pop()
+        self.pids.append(self._spare.pop())
+        self.ends[-1].send(Kind.READY)
+        return self.pids[-1]
+
+    def leave(self) -> None:
+        """Have no more to do with the main process."""
+        for end in self.ends:
+            end.close()
+
+    def finish(self) -> None:
+        self.leave()
+        for pid in self._spare:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Workers]:
+    made = Workers(monkeypatch)
+    yield made
+    made.finish()
+
+
+@pytest.fixture
+def main(workers: Workers, tmp_path: Path) -> Iterator[module.Pool]:
+    """A main process with two workers."""
+    pool = module.Pool(unix_options(f"{tmp_path}/s", workers=2))
+    pool.bind()
+    pool.start_workers(lambda serve: 0)
+    yield pool
+    workers.leave()
+    pool.close()
+
+
+def test_a_process_that_the_system_has_no_room_for_leaves_nothing_behind(workers: Workers, tmp_path: Path) -> None:
+    pool = module.Pool(unix_options(f"{tmp_path}/s", workers=2))
+    before = open_descriptors()
+    workers.failures.append(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+
+    with pytest.raises(BlockingIOError):
+        pool.start_workers(lambda serve: 0)
+
+    assert open_descriptors() == before
+
+
+def test_it_is_tried_again_to_begin_a_worker(
+    main: module.Pool, workers: Workers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_SHORT_LIFE", 0.0)
+    workers.failures.append(OSError(errno.EAGAIN, os.strerror(errno.EAGAIN)))
+
+    workers.ends[0].close()
+    for _ in range(3):
+        main._wait()
+
+    assert caplog.messages[:2] == [
+        f"worker 1 (pid {workers.pids[0]}) was killed by SIGKILL: 0 clients are disconnected",
+        "cannot begin worker 1: Resource temporarily unavailable",
+    ]
+    assert len(workers.pids) == 3
+
+
+def test_a_client_that_no_worker_can_take_is_turned_away(
+    main: module.Pool, workers: Workers, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours, theirs = socket.socketpair()
+    workers.leave()
+
+    assert main._take(theirs, 7, make_stack(Disks()))
+
+    assert ours.recv(1) == b""
+    assert caplog.messages == ["connection 7: no worker can take it"]
+    ours.close()
+
+
+def test_clients_wait_in_the_queue_while_workers_have_no_room(
+    main: module.Pool, monkeypatch: pytest.MonkeyPatch, workers: Workers
+) -> None:
+    assert main._has_room()
+    for process in main._processes.values():
+        while process.channel.has_room():
+            process.channel.send(Kind.STOP)
+
+    assert not main._has_room()
+    assert main._accept(main._listeners[0].socket, make_stack(Disks())) is False
+
+
+def test_a_client_that_has_gone_already_is_no_matter(
+    main: module.Pool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "nbdkitpy")
+
+    def gone(sock: socket.socket, number: int) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(module, "describe_client", gone)
+    ours, theirs = socket.socketpair()
+
+    assert main._take(theirs, 7, make_stack(Disks()))
+
+    assert ours.recv(1) == b""
+    assert caplog.messages == ["connection 7: [Errno 22] Invalid argument"]
+    ours.close()
+
+
+def test_a_reload_for_which_there_is_no_room_is_an_error(
+    main: module.Pool, workers: Workers, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stack = make_stack(Disks())
+    for process in main._processes.values():
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                process.channel.send(Kind.STOP)
+
+    main.reloaded(stack)
+
+    assert caplog.messages == [f"worker {n} (pid {workers.pids[n - 1]}) takes no messages" for n in (1, 2)]
+    caplog.clear()
+
+    def full(name: str, flags: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "memfd_create", full)
+        main.reloaded(stack)
+
+    assert caplog.messages == ["reload of the workers: Too many open files"]
+
+
+def test_a_child_that_somebody_else_has_waited_for_is_no_matter(
+    main: module.Pool, workers: Workers, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.kill(workers.pids[0], signal.SIGKILL)
+    os.waitpid(workers.pids[0], 0)
+
+    workers.ends[0].close()
+    main._wait()
+
+    assert caplog.messages[0].endswith("has ended with exit status 0: 0 clients are disconnected")
+
+
+def test_ends_of_children_can_be_told_even_if_who_started_us_ignores_them(workers: Workers, tmp_path: Path) -> None:
+    pool = module.Pool(unix_options(f"{tmp_path}/s", workers=1))
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        pool.start_workers(lambda serve: 0)
+        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    workers.leave()
+    pool.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [
+        (3, "has ended with exit status 3"),
+        (-signal.SIGSEGV, "was killed by SIGSEGV"),
+        (-(signal.SIGRTMIN + 1), f"was killed by signal {signal.SIGRTMIN + 1}"),
+    ],
+)
+def test_the_end_of_a_worker_is_described(status: int, text: str) -> None:
+    assert module._described(status) == text
