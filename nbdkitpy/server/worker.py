@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import json
@@ -35,7 +34,7 @@ class Worker(Server):
 
     def __init__(self, options: ServerOptions, channel: Channel) -> None:
         share = -(-options.max_handshakes // options.workers)  # rounded up
-        super().__init__(dataclasses.replace(options, endpoints=(), max_handshakes=share))
+        super().__init__(options._replace(endpoints=(), max_handshakes=share))
         self._channel = channel
 
     def serve(self, stack: Stack) -> bool:
