@@ -13,6 +13,7 @@ Any other exception is a defect of the unit: it is logged with its traceback and
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
@@ -117,6 +118,10 @@ class Client(NamedTuple):
     tls_dn: str | None = None  #: subject of a verified client certificate
     tls_issuer_dn: str | None = None
     is_probe: bool = False  #: open: NBD_OPT_INFO asks about an export, which is closed again at once
+
+    #: ``sleep(seconds)``: wait so long on behalf of this client. Raises OSError(ESHUTDOWN) as soon as the client is
+    #: gone or the server ends, also if that is so already: what was to be done after the wait must then be left.
+    sleep: Callable[[float], None] = time.sleep
 
     def __str__(self) -> str:
         where = {

@@ -58,7 +58,8 @@ class Session:
     ) -> None:
         self.name = session_name(stack, client)
         self._transport = transport
-        self._client = client
+        # Not a method of ours, as handles keep the client: we would wait for the garbage collector.
+        self._client = client._replace(sleep=transport.sleep)
         self._stack = stack
         self._options = options
         self._log = log

@@ -23,7 +23,7 @@ from nbdkitpy.server.background import redirect_to_nothing
 from nbdkitpy.server.counts import LocalCount
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.session import Session
-from nbdkitpy.server.transport import SocketTransport, describe_client
+from nbdkitpy.server.transport import SocketTransport, describe_client, sleep_unless
 from nbdkitpy.stack import Stack
 
 if TYPE_CHECKING:
@@ -126,6 +126,15 @@ class PipeTransport:
             self.send([data])
             position += len(data)
         return count - (end - position)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, in any thread.
+
+        Raises:
+            OSError: ESHUTDOWN, as soon as the client has hung up, or :meth:`stop_receiving` or :meth:`abort` is called.
+        """
+        # What is asked of the pipes is nothing; that the other end is closed is told all the same.
+        sleep_unless(seconds, (self._receiving, 0), (self._sending, 0), self._stopped.watch, self._aborted.watch)
 
     def stop_receiving(self) -> None:
         """Have the receiving thread find the end of the stream, after what has already arrived."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from nbdkitpy import BlockSize, Client, Export, Filter, Handle, Support, ThreadModel
+from nbdkitpy import BlockSize, Client, Export, Filter, FilterHandle, Handle, Support, ThreadModel
 from nbdkitpy.protocol.constants import Command, HandshakeFlag, InfoType, Option, OptionReply, TransmissionFlag
 from nbdkitpy.protocol.handshake import Negotiated
 from nbdkitpy.server.session import transmission_flags
@@ -647,3 +647,69 @@ def test_each_capability_is_one_flag(change: dict[str, Any], flag: TransmissionF
 )
 def test_chunked_replies_bring_flags_of_their_own(negotiated: Negotiated, flags: TransmissionFlag) -> None:
     assert transmission_flags(WRITABLE, negotiated) == TransmissionFlag.HAS_FLAGS | flags
+
+
+# --- waiting on behalf of a client ---
+
+
+class Slow(Filter):
+    """Writes after an hour."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sleeping = threading.Event()
+
+    def preconnect(self, client: Client, readonly: bool) -> None:
+        client.sleep(0)
+
+    def wrap(self, handle: Handle, client: Client) -> Handle:
+        return SlowHandle(handle, self.sleeping, client)
+
+
+class SlowHandle(FilterHandle):
+    def __init__(self, next: Handle, sleeping: threading.Event, client: Client) -> None:
+        super().__init__(next)
+        self._sleeping = sleeping
+        self._sleep = client.sleep
+
+    def pwrite(self, data: memoryview, offset: int, flags: int) -> None:
+        self._sleeping.set()
+        self._sleep(3600)
+        self.next.pwrite(data, offset, flags)
+
+
+class Written(Disk):
+    def pwrite(self, data: memoryview, offset: int, flags: int) -> None:
+        raise AssertionError("written after all")
+
+
+@pytest.mark.parametrize("threads", [1, 16])
+def test_what_sleeps_does_not_outlive_its_client(start_session: StartSession, messages: Messages, threads: int) -> None:
+    slow = Slow()
+    solo = start_session(Disks(Written), slow, threads=threads)
+    solo.client.negotiate()
+    for _ in range(20):
+        solo.client.send(Command.WRITE, data=b"stale")
+    assert slow.sleeping.wait(PATIENCE)
+
+    solo.client.socket.close()
+    solo.join()
+
+    assert "written after all" not in "".join(messages())
+
+
+@pytest.mark.parametrize("threads", [1, 16])
+def test_what_sleeps_does_not_outlive_the_server(start_session: StartSession, threads: int) -> None:
+    slow = Slow()
+    solo = start_session(Disks(Written), slow, threads=threads)
+    solo.client.negotiate()
+    solo.client.send(Command.WRITE, data=b"stale")
+    assert slow.sleeping.wait(PATIENCE)
+
+    solo.session.stop()
+
+    assert solo.client.reply().error == errno.ESHUTDOWN
+    assert solo.client.at_end()
+    solo.join()

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -170,6 +171,35 @@ def test_who_waits_to_receive_is_woken_up(pipes: Pipes, end: Callable[[PipeTrans
     thread.join(PATIENCE)
 
     assert results == [b""]
+
+
+PIPE_ENDS: list[Callable[[Pipes], None]] = [
+    lambda pipes: pipes.transport.stop_receiving(),
+    lambda pipes: pipes.transport.abort(),
+    lambda pipes: os.close(pipes.write),
+    lambda pipes: os.close(pipes.read),
+]
+
+
+@pytest.mark.parametrize("end", PIPE_ENDS)
+def test_who_sleeps_is_woken_up_when_the_connection_ends(pipes: Pipes, end: Callable[[Pipes], None]) -> None:
+    os.write(pipes.write, b"never read")
+    thread, results = in_a_thread(lambda: pipes.transport.sleep(3600))
+
+    end(pipes)
+    thread.join(PATIENCE)
+
+    (error,) = results
+    assert isinstance(error, OSError)
+    assert error.errno == errno.ESHUTDOWN
+
+
+def test_sleep_ends_by_itself(pipes: Pipes) -> None:
+    begin = time.monotonic()
+
+    pipes.transport.sleep(0.001)
+
+    assert time.monotonic() - begin >= 0.001
 
 
 def test_aborted_transport_receives_nothing(pipes: Pipes) -> None:

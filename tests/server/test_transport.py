@@ -7,7 +7,8 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,59 @@ def test_after_stop_receiving_there_is_what_had_arrived_and_then_the_end(pair: P
     assert transport.receive_into(buffer) == 0
     transport.send([b"still there"])
     assert client.receive_bytes(11) == b"still there"
+
+
+# --- waiting ---
+
+
+def test_sleep_lasts_as_long_as_asked_for_though_poll_counts_in_milliseconds(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LONGEST_POLL", 1)
+    begin = time.monotonic()
+
+    pair[0].sleep(0.0045)
+
+    assert time.monotonic() - begin >= 0.0045
+
+
+ENDS: list[Callable[[SocketTransport, NbdClient], None]] = [
+    lambda transport, client: client.socket.close(),
+    lambda transport, client: client.reset(),
+    lambda transport, client: client.socket.shutdown(socket.SHUT_WR),
+    lambda transport, client: transport.stop_receiving(),
+    lambda transport, client: transport.abort(),
+]
+
+
+@pytest.mark.parametrize("network", ["pair", "tcp"])
+@pytest.mark.parametrize("end", ENDS)
+def test_sleep_is_cut_when_the_connection_ends(
+    network: str, end: Callable[[SocketTransport, NbdClient], None], request: pytest.FixtureRequest
+) -> None:
+    transport, client = request.getfixturevalue(network)
+    client.send_bytes(b"never read")
+    results: list[int | None] = []
+
+    def sleep() -> None:
+        try:
+            transport.sleep(2**31 - 1)
+        except OSError as error:
+            results.append(error.errno)
+
+    thread = threading.Thread(target=sleep)
+    thread.start()
+    end(transport, client)
+    thread.join(PATIENCE)
+
+    assert results == [errno.ESHUTDOWN]
+
+
+def test_no_sleep_begins_after_the_end(pair: Pair) -> None:
+    pair[1].socket.close()
+
+    with pytest.raises(OSError, match="at its end"):
+        pair[0].sleep(0)
 
 
 # --- the end ---
