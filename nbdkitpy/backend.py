@@ -102,6 +102,10 @@ class Family(enum.Enum):
     UNKNOWN = "unknown"
 
 
+def _cannot_disconnect(force: bool) -> None:
+    """Do nothing: there is no connection."""
+
+
 class Client(NamedTuple):
     """Who is connected. What cannot be known is None; who must decide on it, refuses."""
 
@@ -118,6 +122,8 @@ class Client(NamedTuple):
     tls_dn: str | None = None  #: subject of a verified client certificate
     tls_issuer_dn: str | None = None
     is_probe: bool = False  #: open: NBD_OPT_INFO asks about an export, which is closed again at once
+    #: ``disconnect(force)`` ends the connection at once; without force further requests are refused, until it leaves.
+    disconnect: Callable[[bool], None] = _cannot_disconnect
 
     #: ``sleep(seconds)``: wait so long on behalf of this client. Raises OSError(ESHUTDOWN) as soon as the client is
     #: gone or the server ends, also if that is so already: what was to be done after the wait must then be left.
@@ -409,6 +415,7 @@ class Backend:
 
     parameters: ClassVar[Mapping[str, Parameter[Any]]] = {}  #: collected from the class attributes, by key
     server: ServerControl  #: set before load
+    server_name: str = ""  #: of ``--name``; set before load
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -500,6 +507,21 @@ class Backend:
 
 class Plugin(Backend):
     """Where the bytes live. Override :meth:`open`, and what else is not as the defaults say."""
+
+    def magic_config_key(self) -> str | None:
+        """Return the key that a bare word on the command line has, or None.
+
+        Asked for each of them, when those before it have been given. Default: that of the parameter declared so.
+        """
+        return next((key for key, parameter in self.parameters.items() if parameter.magic), None)
+
+    def config_help(self, given: Mapping[str, str]) -> str:
+        """Return more for ``--help``, as plain text.
+
+        Args:
+            given: Parameters that stand beside ``--help``. Nothing else of a life has been called.
+        """
+        return ""
 
     def thread_model(self) -> ThreadModel:
         """One call at a time, unless a plugin says that it is safe for more."""

@@ -52,7 +52,10 @@ class Disk(Plugin):
     tag = Repeated(parse_string, help="Marks.")
 
     def dump(self):
-        return {"marks": ",".join(self.tag)}
+        return {"marks": ",".join(self.tag), **({"server": self.server_name} if self.server_name else {})}
+
+    def config_help(self, given):
+        return f"Of size: {given['size']}\\n  as it stands\\n" if "size" in given else ""
 
     def load(self):
         print("load", self.debug, file=sys.stderr)
@@ -614,6 +617,20 @@ def test_help_of_a_plugin_shows_its_parameters_and_those_of_filters() -> None:
     assert "label=STRING" in lines
     assert "tag=STRING... Marks. [may be repeated]" in lines
     assert lines.index("tpass filter:") < lines.index("tdisk plugin (A disk for tests):")
+
+
+def test_help_ends_with_what_the_plugin_says_of_the_parameters_beside_it(units: Path) -> None:
+    output = run("tdisk", "7M", "--help", "size=8M").output
+
+    assert output.endswith("\n\nOf size: 8M\n  as it stands\n\nThe options: nbdkitpy --help\n")
+
+
+def test_help_does_not_mind_words_that_cannot_be(units: Path) -> None:
+    assert "It has no parameters." in run("tplain", "--help", "word").output
+
+
+def test_plugins_are_told_the_name_of_the_server(units: Path) -> None:
+    assert "server=one\n" in run("tdisk", "--dump-plugin", "--name=one").output
 
 
 def test_help_of_a_plugin_without_parameters_says_so() -> None:

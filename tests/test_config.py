@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import ClassVar
 
 import pytest
 
-from nbdkitpy import ConfigError, Parameter, parse_size, parse_string
-from nbdkitpy.config import DebugFlag, ServerConfig, magic_key, parse_debug_flag, read_words, split_word, with_keys
+from nbdkitpy import ConfigError, Parameter, Plugin, parse_size, parse_string
+from nbdkitpy.config import DebugFlag, ServerConfig, parse_debug_flag, read_words, split_word, with_keys
 
-Parameters: TypeAlias = "dict[str, Parameter[Any]]"
 
-SIZE: Parameters = {"size": Parameter(parse_size, key="size", magic=True)}
-SCRIPT: Parameters = {"script": Parameter(parse_string, key="script"), "x": Parameter(parse_size, key="x")}
-PLAIN: Parameters = {"a": Parameter(parse_size, key="a"), "b": Parameter(parse_string, key="b")}
+class Memory(Plugin):
+    """Has a magic parameter."""
+
+    name = "memory"
+    size = Parameter(parse_size, magic=True)
+
+
+class Python(Plugin):
+    """Takes a script first."""
+
+    name = "python"
+    script = Parameter(parse_string)
+    x = Parameter(parse_size)
+
+
+class Plain(Plugin):
+    """Has parameters, none of them magic."""
+
+    name = "plain"
+    a = Parameter(parse_size)
+    b = Parameter(parse_string)
+
+
+class Bare(Plugin):
+    """Has none."""
+
+    name = "bare"
+
+
+class Sketch(Plugin):
+    """Says what is magic by what it has been given."""
+
+    name = "sketch"
+    given: ClassVar[list[str]] = []
+
+    def magic_config_key(self) -> str | None:
+        return f"after-{len(self.given)}"
 
 
 @pytest.mark.parametrize(
@@ -40,27 +73,38 @@ def test_word_is_split_at_its_first_equals_sign_if_a_key_is_before_it(word: str,
 def test_bare_words_are_values_of_the_magic_parameter_however_many() -> None:
     words = read_words(["1M", "limit=3", "2M"])
 
-    assert with_keys(words, "memory", SIZE) == [("size", "1M"), ("limit", "3"), ("size", "2M")]
-    assert magic_key(SIZE) == "size"
+    assert list(with_keys(words, Memory())) == [("size", "1M"), ("limit", "3"), ("size", "2M")]
+    assert Memory().magic_config_key() == "size"
 
 
 def test_first_word_is_the_script_of_a_plugin_that_declares_one() -> None:
-    assert with_keys(read_words(["x.py", "a=1"]), "python", SCRIPT) == [("script", "x.py"), ("a", "1")]
+    assert list(with_keys(read_words(["x.py", "a=1"]), Python())) == [("script", "x.py"), ("a", "1")]
+
+
+def test_plugin_is_asked_for_the_key_of_each_bare_word_when_it_has_those_before() -> None:
+    plugin = Sketch()
+    keys = []
+
+    for key, value in with_keys(read_words(["one", "b=two", "three"]), plugin):
+        plugin.given.append(value)
+        keys.append(key)
+
+    assert keys == ["after-0", "b", "after-2"]
 
 
 def test_script_must_come_first() -> None:
     with pytest.raises(ConfigError, match=r"python: 'x.py' must be KEY=VALUE; parameters: script=STRING, x=SIZE"):
-        with_keys(read_words(["a=1", "x.py"]), "python", SCRIPT)
+        list(with_keys(read_words(["a=1", "x.py"]), Python()))
 
 
 def test_bare_word_for_a_plugin_without_magic_parameter_names_the_word_and_the_parameters() -> None:
     with pytest.raises(ConfigError, match=r"^plain: 'word' must be KEY=VALUE; parameters: a=SIZE, b=STRING$"):
-        with_keys(read_words(["word"]), "plain", PLAIN)
+        list(with_keys(read_words(["word"]), Plain()))
 
 
 def test_bare_word_for_a_plugin_without_parameters_says_that_there_are_none() -> None:
     with pytest.raises(ConfigError, match="parameters: none"):
-        with_keys(read_words(["word"]), "plain", {})
+        list(with_keys(read_words(["word"]), Bare()))
 
 
 def test_file_of_parameters_stands_for_its_lines(tmp_path: Path) -> None:

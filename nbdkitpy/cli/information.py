@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import click
@@ -12,7 +13,8 @@ import click
 import nbdkitpy
 from nbdkitpy.backend import Backend, Plugin, ThreadModel
 from nbdkitpy.cli.grammar import PROGRAM, Units
-from nbdkitpy.config import magic_key
+from nbdkitpy.config import read_words, with_keys
+from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.parameters import Parameter
 from nbdkitpy.registry import Kind, Registry
 from nbdkitpy.stack import Stack
@@ -54,16 +56,29 @@ def show_version(units: Units) -> int:
     return 0
 
 
-def show_help(units: Units) -> int:
-    """Print what the units are, and which parameters they take."""
+def show_help(units: Units, words: Iterable[str]) -> int:
+    """Print what the units are, which parameters they take, and what the plugin says of those in `words`."""
     formatter = click.HelpFormatter(width=100)
     formatter.write_usage(PROGRAM, f"[OPTIONS] {units[-1].cls.name} [[KEY=]VALUE | @PATH]...")
     for unit in units:
         _write_unit_help(formatter, unit.cls)
+    more = _plugin_help(units, words)
+    if more:
+        formatter.write_paragraph()
+        formatter.write(more + "\n")
     formatter.write_paragraph()
     formatter.write_text(f"The options: {PROGRAM} --help")
     click.echo(formatter.getvalue().rstrip("\n"))
     return 0
+
+
+def _plugin_help(units: Units, words: Iterable[str]) -> str:
+    plugin = units[-1].cls()
+    assert isinstance(plugin, Plugin)
+    given: dict[str, str] = {}
+    with contextlib.suppress(ConfigError):  # who asks for help may well not know how it is written
+        given.update(with_keys(read_words(words), plugin))
+    return plugin.config_help(given).strip()
 
 
 def _write_unit_help(formatter: click.HelpFormatter, cls: type[Backend]) -> None:
@@ -128,7 +143,7 @@ def host_facts() -> dict[str, object]:
 def plugin_facts(units: Units, stack: Stack) -> dict[str, object]:
     """Return facts about the plugin, which has its parameters but has not checked them, then about the filters."""
     plugin, unit = stack.plugin, units[-1]
-    magic = magic_key(plugin.parameters)
+    magic = plugin.magic_config_key()
     facts: dict[str, object] = {
         "path": unit.path,
         "name": plugin.name,

@@ -110,9 +110,10 @@ def _answer(ctx: click.Context, given: Mapping[str, Any]) -> int:
     if plugin is None:
         return _answer_without_plugin(ctx, given)
     filters = (*given["filters"], *(table.name for table in (document.filters if document else ())))
-    for question, answer in (("help", information.show_help), ("version", information.show_version)):
-        if given[question]:
-            return answer(load(Registry(), plugin, filters))
+    if given["help"]:
+        return information.show_help(load(Registry(), plugin, filters), words)
+    if given["version"]:
+        return information.show_version(load(Registry(), plugin, filters))
     invocation: Invocation = ctx.obj
     config = _configuration(given, plugin, words, filters, document, invocation.activation)
     for question, about_stack in _ABOUT_STACK.items():

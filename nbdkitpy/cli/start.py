@@ -132,7 +132,7 @@ def _load(config: ServerConfig, server: ServerControl, undo: contextlib.ExitStac
     units = load(Registry(), config.plugin, config.filters)
     stack = _loaded_stack(units, server, config)
     undo.callback(stack.unload)
-    return Loaded(config, units, stack, configure(stack, config.plugin, config.parameters, config.tables))
+    return Loaded(config, units, stack, configure(stack, config.parameters, config.tables))
 
 
 def _loaded_stack(units: Units, server: ServerControl, config: ServerConfig) -> Stack:
@@ -140,6 +140,8 @@ def _loaded_stack(units: Units, server: ServerControl, config: ServerConfig) -> 
     assert isinstance(inner, Plugin)
     filters = [layer for layer in outer if isinstance(layer, Filter)]
     stack = Stack(inner, filters, server, multi_process=config.server.workers > 0)
+    for layer in stack.layers:
+        layer.server_name = config.name
     _set_debug_flags(stack.layers, config.debug)
     logging.getLogger(PROGRAM).debug(
         "version %s, layers: %s", nbdkitpy.__version__, " -> ".join(layer.name for layer in stack.layers)

@@ -76,14 +76,11 @@ class Configured(NamedTuple):
     by_command_line: frozenset[Place]
 
 
-def configure(
-    stack: Stack, name: str, assignments: Iterable[Assignment], tables: Sequence[UnitTable] = ()
-) -> Configured:
+def configure(stack: Stack, assignments: Iterable[Assignment], tables: Sequence[UnitTable] = ()) -> Configured:
     """Give parameters to the layers of `stack`, and return what each of them got.
 
     Args:
         stack: Loaded; nothing has been given to it.
-        name: Of the plugin, for messages.
         assignments: Of the command line: each goes to the outermost layer that takes it.
         tables: Of a file: of the innermost layers, the plugin's last. Each goes to its layer only, and not where the
             command line has given that layer the same parameter.
@@ -92,7 +89,7 @@ def configure(
         ConfigError: a value is wrong, or nobody takes the parameter.
     """
     given: dict[Place, Given] = {}
-    for key, value in with_keys(assignments, name, stack.plugin.parameters):
+    for key, value in with_keys(assignments, stack.plugin):
         layer = stack.config(key, value)
         place = layer, layer.canonical_key(key)
         before = given.get(place, Given(()))

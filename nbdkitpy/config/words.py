@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+from nbdkitpy.backend import Plugin
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.parameters import Parameter, integer
 
@@ -15,7 +16,6 @@ __all__ = [
     "Assignment",
     "DebugFlag",
     "is_parameter",
-    "magic_key",
     "parse_debug_flag",
     "read_words",
     "split_word",
@@ -105,28 +105,21 @@ def _lines(path: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def magic_key(parameters: Mapping[str, Parameter[Any]]) -> str | None:
-    """Return the key of the parameter that bare words are values of, if there is one."""
-    return next((key for key, parameter in parameters.items() if parameter.magic), None)
+def with_keys(assignments: Iterable[Assignment], plugin: Plugin) -> Iterator[tuple[str, str]]:
+    """Yield each assignment, a bare word with the key that it has for `plugin`.
 
-
-def with_keys(
-    assignments: Iterable[Assignment], plugin: str, parameters: Mapping[str, Parameter[Any]]
-) -> list[tuple[str, str]]:
-    """Give each bare word the key that it has for `plugin`, whose `parameters` are given.
+    The plugin is asked for it when it has been given those before, as one of them may be what decides.
 
     Raises:
         ConfigError: it has none: the plugin has no magic parameter, and it is not the first, for ``script``.
     """
-    magic = magic_key(parameters)
-    first = _SCRIPT if magic is None and _SCRIPT in parameters else magic
-    result = []
     for position, (key, value) in enumerate(assignments):
-        meant = key or (magic if position else first)
+        meant = key or plugin.magic_config_key()
+        if meant is None and not position and _SCRIPT in plugin.parameters:
+            meant = _SCRIPT
         if meant is None:
-            raise ConfigError(_no_key(plugin, value, parameters))
-        result.append((meant, value))
-    return result
+            raise ConfigError(_no_key(plugin.name, value, plugin.parameters))
+        yield meant, value
 
 
 def _no_key(plugin: str, word: str, parameters: Mapping[str, Parameter[Any]]) -> str:

@@ -151,8 +151,12 @@ class Engine:
 
     def stop(self) -> None:
         """Refuse what the client still asks for, and end when what it has asked for is done. From any thread."""
-        self._transmission.refuse_all()
+        self.refuse()
         self._transport.stop_receiving()
+
+    def refuse(self) -> None:
+        """Refuse what the client still asks for. From any thread."""
+        self._transmission.refuse_all()
 
     def _is_idle(self, seconds: float) -> bool:
         """Whether the client, quiet for so long, is to be left. One whose requests are at work is not quiet."""

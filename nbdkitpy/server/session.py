@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 
 from nbdkitpy.backend import Client, Support, ThreadModel
@@ -58,8 +59,8 @@ class Session:
     ) -> None:
         self.name = session_name(stack, client)
         self._transport = transport
-        # Not a method of ours, as handles keep the client: we would wait for the garbage collector.
-        self._client = client._replace(sleep=transport.sleep)
+        # Not methods of ours, as handles keep the client: we would wait for the garbage collector.
+        self._client = client._replace(sleep=transport.sleep, disconnect=_disconnector(self))
         self._stack = stack
         self._options = options
         self._log = log
@@ -80,6 +81,13 @@ class Session:
             self._engine.stop()
         else:
             self._transport.stop_receiving()
+
+    def refuse(self) -> None:
+        """Finish what the client has asked for so far, and refuse the rest until it leaves."""
+        if self._engine is not None:
+            self._engine.refuse()
+        else:
+            self.stop()
 
     def abort(self) -> None:
         """End at once: the connection breaks."""
@@ -255,6 +263,17 @@ def admit(stack: Stack, client: Client, readonly: bool, log: logging.Logger) -> 
         return False
     log.debug("%s: %s: accepted", name, client)
     return True
+
+
+def _disconnector(session: Session) -> Callable[[bool], None]:
+    reference = weakref.ref(session)
+
+    def disconnect(force: bool) -> None:
+        found = reference()
+        if found is not None:
+            (found.abort if force else found.refuse)()
+
+    return disconnect
 
 
 def _block_size(capabilities: Capabilities) -> BlockSizeInfo:

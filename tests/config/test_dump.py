@@ -50,7 +50,7 @@ def dumped(
     **values: Any,
 ) -> str:
     stack = Stack(Disk(), filters, NoServer())
-    configured = configure(stack, "disk", words, [UnitTable("disk", "FILE", parameters or {})])
+    configured = configure(stack, words, [UnitTable("disk", "FILE", parameters or {})])
     return to_toml(server_config(values, "disk"), stack, configured)
 
 

@@ -54,7 +54,7 @@ class Service:
         self.stack = Stack(plugin, self.filters, NoServer())
         is_files = document.plugin is not None and document.plugin.name == plugin.name
         own = document.plugin if is_files and document.plugin else UnitTable(plugin.name, "")
-        configured = configure(self.stack, plugin.name, words, [*document.filters, own])
+        configured = configure(self.stack, words, [*document.filters, own])
         self.reloader = Reloader(document, self.stack, configured)
 
     def reload(self, text: str) -> list[str]:

@@ -78,13 +78,13 @@ def setup() -> Setup:
 def test_parameters_of_a_table_go_to_that_layer_only(setup: Setup) -> None:
     tables = [table("limit", limit="2"), table("limit", limit="3"), table("disk", limit="4", size="1k")]
 
-    configure(setup.stack, "disk", [], tables)
+    configure(setup.stack, [], tables)
 
     assert (setup.outer.limit, setup.inner.limit, setup.disk.limit, setup.disk.size) == (2, 3, 4, 1024)
 
 
 def test_tables_are_those_of_the_innermost_layers(setup: Setup) -> None:
-    configure(setup.stack, "disk", [], [table("limit", limit="3"), table("disk")])
+    configure(setup.stack, [], [table("limit", limit="3"), table("disk")])
 
     assert (setup.outer.limit, setup.inner.limit) == (1, 3)
 
@@ -92,7 +92,7 @@ def test_tables_are_those_of_the_innermost_layers(setup: Setup) -> None:
 def test_a_word_replaces_all_that_the_file_gives_to_the_layer_that_takes_it(setup: Setup) -> None:
     tables = [table("limit", limit="2"), table("limit", limit="3"), table("disk", tag=array("a", "b"), size="1")]
 
-    configured = configure(setup.stack, "disk", [("limit", "5"), ("tag", "c"), ("tag", "d"), (None, "2k")], tables)
+    configured = configure(setup.stack, [("limit", "5"), ("tag", "c"), ("tag", "d"), (None, "2k")], tables)
 
     assert (setup.outer.limit, setup.inner.limit) == (5, 3)
     assert (setup.disk.tag, setup.disk.size) == (("c", "d"), 2048)
@@ -106,28 +106,28 @@ def test_a_word_replaces_all_that_the_file_gives_to_the_layer_that_takes_it(setu
 
 
 def test_parameters_that_are_not_declared_are_given_one_by_one(setup: Setup) -> None:
-    configure(setup.stack, "disk", [], [table("disk", x_a=array("1", "2"), x_b="3")])
+    configure(setup.stack, [], [table("disk", x_a=array("1", "2"), x_b="3")])
 
     assert setup.disk.others == [("x-a", "1"), ("x-a", "2"), ("x-b", "3")]
 
 
 def test_a_word_replaces_what_the_file_gives_by_another_name(setup: Setup) -> None:
-    configured = configure(setup.stack, "disk", [("maximum", "5")], [table("disk", limit="6")])
+    configured = configure(setup.stack, [("maximum", "5")], [table("disk", limit="6")])
 
     assert setup.disk.limit == 5
     assert list(configured.given) == [(setup.disk, "limit")]
 
 
 def test_a_file_may_use_either_name_but_not_both(setup: Setup) -> None:
-    configure(setup.stack, "disk", [], [table("disk", maximum="6")])
+    configure(setup.stack, [], [table("disk", maximum="6")])
 
     assert setup.disk.limit == 6
     with pytest.raises(ConfigError, match=r"^FILE: \[disk\]: limit is given twice, by different names$"):
-        configure(setup.stack, "disk", [], [table("disk", maximum="6", limit="6")])
+        configure(setup.stack, [], [table("disk", maximum="6", limit="6")])
 
 
 def test_an_empty_array_gives_nothing(setup: Setup) -> None:
-    configure(setup.stack, "disk", [], [table("disk", tag=array())])
+    configure(setup.stack, [], [table("disk", tag=array())])
 
     assert not Disk.tag.is_set(setup.disk)
 
@@ -155,7 +155,7 @@ def test_what_is_wrong_names_file_and_table(
     monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
 
     with pytest.raises(ConfigError) as caught:
-        configure(setup.stack, "disk", [], [of_disk])
+        configure(setup.stack, [], [of_disk])
 
     assert str(caught.value) == f"FILE: [disk]: {message}"
 
@@ -167,12 +167,12 @@ def test_a_unit_without_parameters_says_so() -> None:
     stack = Stack(Disk(), [Plain()], NoServer())
 
     with pytest.raises(ConfigError, match='plain has no parameter "x": it takes none'):
-        configure(stack, "disk", [], [table("plain", x="1"), table("disk")])
+        configure(stack, [], [table("plain", x="1"), table("disk")])
 
 
 def test_a_parameter_of_the_file_that_nobody_has_is_not_offered_to_other_layers(setup: Setup) -> None:
     with pytest.raises(ConfigError, match='limit has no parameter "size"'):
-        configure(setup.stack, "disk", [], [table("limit", size="1"), table("disk")])
+        configure(setup.stack, [], [table("limit", size="1"), table("disk")])
 
 
 # --- values that stand elsewhere ------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_a_parameter_of_the_file_that_nobody_has_is_not_offered_to_other_layers(
 def test_a_value_may_be_the_first_line_of_a_file(setup: Setup, tmp_path: Path) -> None:
     (tmp_path / "size").write_text("4k\nmore")
 
-    configured = configure(setup.stack, "disk", [], [table("disk", size=Reference("file", str(tmp_path / "size")))])
+    configured = configure(setup.stack, [], [table("disk", size=Reference("file", str(tmp_path / "size")))])
 
     assert setup.disk.size == 4096
     assert configured.given == {(setup.disk, "size"): Given((Reference("file", str(tmp_path / "size")),))}
@@ -191,7 +191,7 @@ def test_a_value_may_be_a_credential(setup: Setup, tmp_path: Path, monkeypatch: 
     (tmp_path / "disk-size").write_text("8k")
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
 
-    configure(setup.stack, "disk", [], [table("disk", size=Reference("credential", "disk-size"))])
+    configure(setup.stack, [], [table("disk", size=Reference("credential", "disk-size"))])
 
     assert setup.disk.size == 8192
 
@@ -200,7 +200,7 @@ def test_a_value_may_be_a_credential(setup: Setup, tmp_path: Path, monkeypatch: 
 def test_a_password_that_stands_elsewhere_is_taken_as_it_is(setup: Setup, tmp_path: Path, password: str) -> None:
     (tmp_path / "password").write_text(f"{password}\n")
 
-    configure(setup.stack, "disk", [], [table("disk", password=Reference("file", str(tmp_path / "password")))])
+    configure(setup.stack, [], [table("disk", password=Reference("file", str(tmp_path / "password")))])
 
     assert setup.disk.password == password
 
@@ -209,11 +209,11 @@ def test_a_file_that_is_no_text_is_refused(setup: Setup, tmp_path: Path) -> None
     (tmp_path / "size").write_bytes(b"\xff")
 
     with pytest.raises(ConfigError, match="size is no text in UTF-8"):
-        configure(setup.stack, "disk", [], [table("disk", size=Reference("file", str(tmp_path / "size")))])
+        configure(setup.stack, [], [table("disk", size=Reference("file", str(tmp_path / "size")))])
 
 
 def test_an_error_about_a_secret_does_not_show_it(setup: Setup, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        configure(setup.stack, "disk", [], [table("disk", password="-secret")])
+        configure(setup.stack, [], [table("disk", password="-secret")])
 
     assert "secret" not in str(caught.value)

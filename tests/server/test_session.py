@@ -15,7 +15,7 @@ import pytest
 from nbdkitpy import BlockSize, Client, Export, Filter, FilterHandle, Handle, Support, ThreadModel
 from nbdkitpy.protocol.constants import Command, HandshakeFlag, InfoType, Option, OptionReply, TransmissionFlag
 from nbdkitpy.protocol.handshake import Negotiated
-from nbdkitpy.server.session import transmission_flags
+from nbdkitpy.server.session import Session, transmission_flags
 from nbdkitpy.stack import Capabilities
 from tests.conftest import StartSession
 from tests.nbdclient import PATIENCE, NbdClient, Refused, Style
@@ -338,6 +338,66 @@ def test_what_is_switched_off_is_not_supported(option: Option, setting: str, sta
         client.option(option)
 
     assert caught.value.reply is OptionReply.ERR_UNSUP
+
+
+class Leaving(Disks):
+    """Keeps the client of the last handle."""
+
+    def open(self, export_name: str, readonly: bool, client: Client) -> Handle:
+        self.client = client
+        return super().open(export_name, readonly, client)
+
+
+def test_a_backend_can_disconnect_its_client_at_once(start_session: StartSession) -> None:
+    plugin = Leaving()
+    solo = start_session(plugin)
+    solo.client.negotiate()
+
+    plugin.client.disconnect(True)
+
+    assert solo.client.at_end()
+    solo.join()
+
+
+def test_a_backend_can_have_further_requests_of_its_client_refused(start_session: StartSession) -> None:
+    plugin = Leaving()
+    solo = start_session(plugin)
+    solo.client.negotiate()
+    solo.client.read(0, 512)
+
+    plugin.client.disconnect(False)
+    solo.client.send(Command.READ, 0, 512)
+
+    assert solo.client.reply().error == errno.ESHUTDOWN
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_backend_can_disconnect_its_client_while_it_opens(force: bool, start_session: StartSession) -> None:
+    class Refusing(Disks):
+        def open(self, export_name: str, readonly: bool, client: Client) -> Handle:
+            client.disconnect(force)
+            return super().open(export_name, readonly, client)
+
+    plugin = Refusing()
+    solo = start_session(plugin)
+    solo.client.greet()
+    solo.client.send_option(Option.GO, b"\0" * 6)
+
+    solo.join()
+
+    assert plugin.opened == plugin.closed == 1
+
+
+def test_who_keeps_a_client_does_not_keep_its_session(start_session: StartSession) -> None:
+    one = start_session(begin=False).session  # for what a session is made of
+    session = Session(one._transport, Client(1), one._stack, one._options, one._log, lambda session: None)
+    client, reference = session._client, weakref.ref(session)
+
+    del session
+
+    assert reference() is None
+    client.disconnect(True)
+    Client(1).disconnect(True)  # as in the tests of authors: there is no connection
 
 
 def test_abort_is_answered_and_ends_the_session(start_session: StartSession) -> None:
