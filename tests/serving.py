@@ -85,6 +85,16 @@ class NoServer:
         return LocalCount(on_zero)
 
 
+class AskedServer(NoServer):
+    """Takes note of what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def shutdown(self) -> None:
+        self.asked.append("shutdown")
+
+
 def make_stack(plugin: Plugin, filters: Sequence[Filter] = (), server: Any = None) -> Stack:
     """Return a stack that is ready to be served."""
     stack = Stack(plugin, filters, server or NoServer())

@@ -17,7 +17,7 @@ from nbdkitpy import BlockSize, Client, ConfigError, Export, Extent, Flags, Hand
 from nbdkitpy.stack import Capabilities
 from nbdkitpy_plugins._method_plugin import parse_exports, parse_extents
 from nbdkitpy_plugins.sh import ShPlugin
-from tests.plugins.methods import Server, loaded
+from tests.plugins.methods import loaded
 
 CLIENT = Client(1, tls=True)
 
@@ -273,7 +273,7 @@ def test_methods_may_ask_for_the_end_of_the_server_and_the_connection(load: Load
     handle.flush()
     handle.trim(1, 2, 0)
 
-    assert isinstance(plugin.server, Server)
+    assert isinstance(plugin.server, AskedServer)
     assert plugin.server.asked == ["shutdown"]
     assert forces == [False]
 

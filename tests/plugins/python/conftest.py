@@ -11,6 +11,7 @@ import pytest
 
 from nbdkitpy import Client, Handle
 from nbdkitpy_plugins.python import PythonPlugin
+from tests.serving import AskedServer
 
 SCRIPTS = Path(__file__).parent / "scripts"
 
@@ -36,23 +37,10 @@ def pread(h, buf, offset, flags):
 """
 
 
-class Server:
-    """What a plugin sees of a server; takes note of what it is asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def finish(self) -> None:
-        raise AssertionError("nobody asked for it")
-
-    def shutdown(self) -> None:
-        self.asked.append("shutdown")
-
-
 class Loaded(PythonPlugin):
     """The plugin with a script; `records` is the script's variable of that name."""
 
-    server: Server
+    server: AskedServer
 
     @property
     def records(self) -> list[object]:
@@ -84,7 +72,7 @@ def load(path: Path) -> Iterator[Load]:
         def loaded(source: str, **parameters: str) -> Loaded:
             path.write_text(source)
             plugin = Loaded()
-            plugin.server = Server()
+            plugin.server = AskedServer()
             ends.callback(plugin.unload)
             for key, value in {"script": str(path), **parameters}.items():
                 assert plugin.config(key, value)

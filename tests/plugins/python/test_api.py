@@ -15,7 +15,8 @@ import pytest
 from nbdkitpy import Client
 from nbdkitpy_plugins.python import PythonPlugin
 from nbdkitpy_plugins.python.api import Api, Caller, constants, make_module
-from tests.plugins.python.conftest import VERSION_2, Load, Server
+from tests.plugins.python.conftest import VERSION_2, Load
+from tests.serving import AskedServer
 
 #: As nbdkit 1.48 has them, and Error.
 FUNCTIONS = (
@@ -70,7 +71,7 @@ NOBODY = Client(1)
 @pytest.fixture
 def plugin() -> PythonPlugin:
     plugin = PythonPlugin()
-    plugin.server = Server()
+    plugin.server = AskedServer()
     return plugin
 
 
@@ -218,7 +219,7 @@ def test_functions_act_for_who_is_called_also_if_the_module_is_another_scripts(
     plugin: PythonPlugin, call: Call
 ) -> None:
     other = PythonPlugin()
-    other.server = Server()
+    other.server = AskedServer()
     module: Any = make_module(Api(other))
     call(NOBODY, None)
 
