@@ -22,8 +22,9 @@ from nbdkitpy.backend import (
     ThreadModel,
 )
 from nbdkitpy.exceptions import ConfigError, NbdkitpyError, UnitError
-from nbdkitpy.extents import Extent, ExtentType
+from nbdkitpy.extents import Extent, ExtentType, normalise_extents
 from nbdkitpy.hookspecs import hookimpl
+from nbdkitpy.locks import RangeLock
 from nbdkitpy.parameters import (
     Parameter,
     Repeated,
@@ -60,6 +61,7 @@ __all__ = [
     "NbdkitpyError",
     "Parameter",
     "Plugin",
+    "RangeLock",
     "Repeated",
     "ServerControl",
     "SharedCount",
@@ -70,6 +72,7 @@ __all__ = [
     "choice",
     "hookimpl",
     "integer",
+    "normalise_extents",
     "parse_bool",
     "parse_delay",
     "parse_filename",

@@ -17,7 +17,7 @@ LAYERS = (
     {"protocol", "stack", ""},  # "" is the package's own __init__.py, for its version
     {"hookspecs", "ranges"},
     {"backend"},
-    {"distributions", "extents", "log", "parameters"},
+    {"distributions", "extents", "locks", "log", "parameters"},
     {"exceptions"},
 )
 SANS_IO = {"asyncio", "logging", "os", "select", "socket", "threading", "time"}
