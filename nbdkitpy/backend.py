@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from nbdkitpy.exceptions import ConfigError
@@ -300,8 +300,13 @@ class Handle:
 #: What a client can ask for, as verbs of a handle.
 VERBS = ("pread", "pwrite", "flush", "trim", "zero", "cache", "extents")
 
-#: Other ways to the same bytes as pread's: who overrides pread has to override these too, or they are lost.
-_READ_SHORTCUTS = ("pread_into", "file_range", "sparse")
+#: Other ways to the same bytes as pread's, and the verbs that they go round: who overrides one of those has to override
+#: these too, or they are lost.
+_READ_SHORTCUTS: Mapping[str, frozenset[str]] = {
+    "pread_into": frozenset({"pread"}),
+    "file_range": frozenset({"pread"}),
+    "sparse": frozenset({"pread", "extents"}),
+}
 
 
 class FilterHandle(Handle):
@@ -316,14 +321,19 @@ class FilterHandle(Handle):
     #: True for a handle that may replace ``self.next`` while it is open: nothing is bound through it.
     dynamic_next: ClassVar[bool] = False
 
-    def __init__(self, next: Handle) -> None:
+    def __init__(self, next: Handle, untouched: Collection[str] = ()) -> None:
         self.next = next
         if self.dynamic_next:
             return
         cls = type(self)
-        passed = [verb for verb in VERBS if getattr(cls, verb) is getattr(FilterHandle, verb)]
-        if "pread" in passed:
-            passed += [name for name in _READ_SHORTCUTS if getattr(cls, name) is getattr(FilterHandle, name)]
+
+        def is_left_alone(name: str) -> bool:
+            return name in untouched or getattr(cls, name) is getattr(FilterHandle, name)
+
+        passed = set(filter(is_left_alone, VERBS))
+        for name, verbs in _READ_SHORTCUTS.items():
+            if passed.issuperset(verbs) and is_left_alone(name):
+                passed.add(name)
         for name in passed:
             setattr(self, name, getattr(next, name))
         # A verb stays inline if the inner one is, and if what this layer puts before it says that it is too.

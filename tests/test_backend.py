@@ -242,6 +242,31 @@ def test_overridden_verb_is_called_and_calls_the_next() -> None:
     assert plugin.called == ("trim", 10, 20, Flags.FUA)
 
 
+class Everything(FilterHandle):
+    """Overrides each verb."""
+
+    def pread(self, count: int, offset: int) -> Buffer:
+        raise AssertionError
+
+    def pwrite(self, data: memoryview, offset: int, flags: int) -> None:
+        raise AssertionError
+
+    def flush(self) -> None:
+        raise AssertionError
+
+    def trim(self, count: int, offset: int, flags: int) -> None:
+        raise AssertionError
+
+    def zero(self, count: int, offset: int, flags: int) -> None:
+        raise AssertionError
+
+    def cache(self, count: int, offset: int) -> None:
+        raise AssertionError
+
+    def extents(self, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
+        raise AssertionError
+
+
 def test_read_shortcuts_pass_through() -> None:
     outer = Passing(Trimming(Whole()))
 
@@ -267,6 +292,24 @@ def test_read_shortcuts_that_are_overridden_too_are_kept() -> None:
     assert outer.file_range is not None
     assert outer.file_range(1, 7) == FileRange(4, 519)
     assert outer.sparse is True
+
+
+def test_verbs_that_an_instance_leaves_alone_are_bound_through() -> None:
+    plugin = Whole()
+
+    outer = Passing(Everything(plugin, untouched={"pread", "extents", "zero"}))
+
+    assert [verb for verb in VERBS if getattr(outer, verb).__self__ is plugin] == ["pread", "zero", "extents"]
+    assert getattr(outer.pread_into, "__self__", None) is plugin
+    assert outer.sparse is True
+    assert outer.inline == {"pread", "zero"}
+
+
+def test_reads_are_not_sparse_by_extents_that_a_filter_has_changed() -> None:
+    outer = Passing(Everything(Whole(), untouched={"pread"}))
+
+    assert outer.sparse is False
+    assert outer.file_range is not None
 
 
 def test_handle_without_shortcuts_gives_none_to_the_filters_over_it() -> None:
