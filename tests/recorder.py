@@ -98,9 +98,9 @@ class RecorderHandle(Handle):
         self._note("pread", count, offset)
         return bytes(count)
 
-    def pread_nowait(self, count: int, offset: int) -> bytes | None:
-        self._note("pread_nowait", count, offset)
-        return bytes(count)
+    def pread_into(self, buffer: memoryview, offset: int) -> bool:
+        self._note("pread_into", len(buffer), offset)
+        return True
 
     def file_range(self, count: int, offset: int) -> FileRange | None:
         self._note("file_range", count, offset)

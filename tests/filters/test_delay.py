@@ -93,7 +93,7 @@ def test_without_parameters_everything_goes_past_the_filter() -> None:
     handle, _, _ = opened()
 
     assert all(getattr(handle, verb).__self__ is not handle for verb in VERBS)
-    assert handle.pread_nowait is not None
+    assert handle.pread_into is not None
     assert handle.sparse
 
 
@@ -109,7 +109,7 @@ def test_delayed_writes_leave_the_shortcuts_of_reads() -> None:
 def test_delayed_reads_have_no_shortcuts() -> None:
     handle, _, _ = opened("rdelay=1")
 
-    assert (handle.pread_nowait, handle.file_range, handle.sparse) == (None, None, False)
+    assert (handle.pread_into, handle.file_range, handle.sparse) == (None, None, False)
 
 
 def test_delayed_block_status_does_not_delay_reads() -> None:

@@ -117,7 +117,7 @@ def test_without_a_rate_everything_goes_past_the_filter() -> None:
 def test_failing_writes_leave_the_shortcuts_of_reads() -> None:
     handle, _ = opened("error-pwrite-rate=10%")
 
-    assert handle.pread_nowait is not None
+    assert handle.pread_into is not None
     assert handle.file_range is not None
     assert handle.sparse
 
@@ -125,7 +125,7 @@ def test_failing_writes_leave_the_shortcuts_of_reads() -> None:
 def test_failing_reads_have_no_shortcuts() -> None:
     handle, _ = opened("error-pread-rate=10%")
 
-    assert (handle.pread_nowait, handle.file_range, handle.sparse) == (None, None, False)
+    assert (handle.pread_into, handle.file_range, handle.sparse) == (None, None, False)
 
 
 def test_failing_block_status_does_not_make_reads_fail() -> None:

@@ -434,7 +434,7 @@ def test_without_parameters_everything_goes_past_the_filter() -> None:
 def test_logged_reads_have_no_shortcuts(logged: Logged) -> None:
     handle = logged.open()
 
-    assert (handle.pread_nowait, handle.file_range, handle.sparse) == (None, None, False)
+    assert (handle.pread_into, handle.file_range, handle.sparse) == (None, None, False)
 
 
 def test_event_without_anything_is_its_name() -> None:

@@ -163,15 +163,19 @@ def test_without_a_limit_everything_goes_past_the_filter() -> None:
 # --- shortcuts of reads ---
 
 
+def room(size: int) -> memoryview:
+    return memoryview(bytearray(size))
+
+
 def test_shortcuts_are_taken_while_there_are_enough_bits() -> None:
     served = Served("rate=8K", "connection-rate=8K")
     assert served.handle.file_range is not None
-    assert served.handle.pread_nowait is not None
+    assert served.handle.pread_into is not None
 
     assert served.handle.file_range(KIB, 0) is not None
-    assert served.handle.pread_nowait(KIB, 0) is not None
+    assert served.handle.pread_into(room(KIB), 0)
     assert served.handle.file_range(KIB, 0) is None
-    assert served.handle.pread_nowait(KIB, 0) is None
+    assert not served.handle.pread_into(room(KIB), 0)
 
     assert served.read(KIB) == pytest.approx(1)  # what was not taken has not been paid for
     assert served.handle.sparse
@@ -191,8 +195,8 @@ def test_what_one_bucket_refuses_the_other_gets_back() -> None:
 class Slow(RecorderHandle):
     """Never has anything at hand."""
 
-    def pread_nowait(self, count: int, offset: int) -> bytes | None:
-        return None
+    def pread_into(self, buffer: memoryview, offset: int) -> bool:
+        return False
 
     def file_range(self, count: int, offset: int) -> None:
         return None
@@ -207,10 +211,10 @@ def test_shortcuts_that_lead_nowhere_cost_nothing() -> None:
     clock = Clock()
     handle = configured(Rate(clock), "rate=8K", plugin=Slows()).open("", False, Client(1, sleep=clock.sleep)).handle
     assert handle.file_range is not None
-    assert handle.pread_nowait is not None
+    assert handle.pread_into is not None
 
     assert handle.file_range(2 * KIB, 0) is None
-    assert handle.pread_nowait(2 * KIB, 0) is None
+    assert not handle.pread_into(room(2 * KIB), 0)
 
     handle.pread(2 * KIB, 0)
     assert clock.now == 1000
@@ -224,8 +228,8 @@ def test_there_are_no_shortcuts_where_the_inner_handle_has_none() -> None:
     handle = rate.wrap(Plain(), Client(1))
 
     assert handle.file_range is not None
-    assert handle.pread_nowait is not None
-    assert (handle.file_range(1, 0), handle.pread_nowait(1, 0), handle.sparse) == (None, None, False)
+    assert handle.pread_into is not None
+    assert (handle.file_range(1, 0), handle.pread_into(room(1), 0), handle.sparse) == (None, False, False)
 
 
 # --- rates that change ---

@@ -18,6 +18,7 @@ from nbdkitpy.stack import Capabilities
 from nbdkitpy_plugins._method_plugin import parse_exports, parse_extents
 from nbdkitpy_plugins.sh import ShPlugin
 from tests.plugins.methods import loaded
+from tests.serving import AskedServer
 
 CLIENT = Client(1, tls=True)
 

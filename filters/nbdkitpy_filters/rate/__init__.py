@@ -143,16 +143,16 @@ class _RateHandle(FilterHandle):
         self._writes = writes
         self._sleep = sleep
         self.sparse = next.sparse  # holes take up no bandwidth
-        self._inner_pread_nowait = next.pread_nowait
+        self._inner_pread_into = next.pread_into
         self._inner_file_range = next.file_range
 
     def pread(self, count: int, offset: int) -> Buffer:
         spend(self._reads, count * 8, self._sleep)
         return self.next.pread(count, offset)
 
-    def pread_nowait(self, count: int, offset: int) -> Buffer | None:
-        data = self._inner_pread_nowait(count, offset) if self._inner_pread_nowait else None
-        return data if data is not None and spend_at_once(self._reads, count * 8) else None
+    def pread_into(self, buffer: memoryview, offset: int) -> bool:
+        found = self._inner_pread_into(buffer, offset) if self._inner_pread_into else False
+        return found and spend_at_once(self._reads, len(buffer) * 8)
 
     def file_range(self, count: int, offset: int) -> FileRange | None:
         found = self._inner_file_range(count, offset) if self._inner_file_range else None
