@@ -39,6 +39,7 @@ OURS = {
     "nbdkitpy.exceptions",
     "nbdkitpy.extents",
     "nbdkitpy.hookspecs",
+    "nbdkitpy.locks",
     "nbdkitpy.log",
     "nbdkitpy.parameters",
     "nbdkitpy.protocol",
