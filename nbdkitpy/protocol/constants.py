@@ -20,6 +20,7 @@ __all__ = [
     "OptionReply",
     "ReplyFlag",
     "ReplyType",
+    "TlsMode",
     "TransmissionFlag",
 ]
 
@@ -46,6 +47,17 @@ class Magic(enum.IntEnum):
     STRUCTURED_REPLY = 0x668E33EF
     EXTENDED_REQUEST = 0x21E41C71
     EXTENDED_REPLY = 0x6E8A278C
+
+
+class TlsMode(enum.Enum):
+    """Whether clients may or have to use TLS; the protocol's words are NOTLS, SELECTIVETLS and FORCEDTLS."""
+
+    OFF = "off"
+    ON = "on"
+    REQUIRE = "require"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 class HandshakeFlag(enum.IntFlag):

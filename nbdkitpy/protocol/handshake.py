@@ -1,7 +1,8 @@
-"""The handshake: from the greeting until requests begin ("Fixed newstyle negotiation"), without TLS.
+"""The handshake: from the greeting until requests begin ("Fixed newstyle negotiation").
 
 Decides what each option is answered, and what holds afterwards. What only the server knows, which exports there are and
-what they can do, is asked for by an event that the driver answers. Knows nothing of sockets, time or back ends.
+what they can do, is asked for by an event that the driver answers; TLS is the driver's affair too. Knows nothing of
+sockets, time or back ends.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from nbdkitpy.protocol.constants import (
     Magic,
     Option,
     OptionReply,
+    TlsMode,
     TransmissionFlag,
 )
 from nbdkitpy.protocol.errors import OptionError, RemoteProtocolError, printable
@@ -53,6 +55,7 @@ __all__ = [
     "Negotiated",
     "OpenExport",
     "Ready",
+    "StartTls",
 ]
 
 #: An option with more data than so many bytes ends the connection.
@@ -69,8 +72,8 @@ _SELECTED_BY_LIST = (b"base:", BASE_ALLOCATION.encode())
 _SELECTED_BY_SET = (BASE_ALLOCATION.encode(),)
 
 _INFO_TYPES = frozenset(InfoType)
-#: What a client may well ask for: whether we know it, and what is our own affair.
-_NO_FAULT = frozenset({OptionReply.ERR_UNSUP, OptionReply.ERR_SHUTDOWN})
+#: What a client may well ask for: whether we know it, whether there is TLS, and what is our own affair.
+_NO_FAULT = frozenset({OptionReply.ERR_UNSUP, OptionReply.ERR_POLICY, OptionReply.ERR_SHUTDOWN})
 
 _CHUNKED_REPLIES = frozenset({Option.STRUCTURED_REPLY, Option.EXTENDED_HEADERS})
 _META_CONTEXTS = frozenset({Option.LIST_META_CONTEXT, Option.SET_META_CONTEXT})
@@ -116,6 +119,11 @@ class ListExports(_Bare):
     """Find the exports and answer by `exports_listed` or `list_refused`."""
 
 
+class StartTls(_Bare):
+    """Send what there is to send, then go through the TLS handshake, and say so by `tls_started`. If that fails, close
+    the connection: nothing more may be sent, or understood, in clear text."""
+
+
 class Ready(_Bare):
     """The handshake is over: what was negotiated is final, and the client's next bytes are requests."""
 
@@ -124,7 +132,7 @@ class Closed(_Bare):
     """The client took its leave: send what there is to send, and close the connection."""
 
 
-Event = OpenExport | ListExports | Ready | Closed
+Event = OpenExport | ListExports | StartTls | Ready | Closed
 
 
 class _State(enum.Enum):
@@ -134,6 +142,7 @@ class _State(enum.Enum):
     SKIP = enum.auto()  # data that does not matter
     LISTING = enum.auto()  # the driver's answer is due
     OPENING = enum.auto()  # the same
+    TLS = enum.auto()  # the driver's as well
     TRANSMISSION = enum.auto()
     CLOSED = enum.auto()
 
@@ -172,6 +181,8 @@ class Handshake:
         "_requested",
         "_state",
         "_structured_replies",
+        "_tls",
+        "_tls_mode",
         "_withheld",
         "refusals",
         "shutting_down",
@@ -183,6 +194,7 @@ class Handshake:
         handshake_flags: int = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES,
         structured_replies: bool = True,
         meta_contexts: bool = True,
+        tls: TlsMode = TlsMode.OFF,
     ) -> None:
         """Begin with the greeting.
 
@@ -190,6 +202,7 @@ class Handshake:
             handshake_flags: what the greeting offers, out of `HandshakeFlag`.
             structured_replies: whether STRUCTURED_REPLY and EXTENDED_HEADERS are options that we know.
             meta_contexts: whether LIST_META_CONTEXT and SET_META_CONTEXT are.
+            tls: whether STARTTLS is granted, and whether there is anything else before it.
         """
         # Numbers that a client made up are never turned into enum.IntFlag, which remembers each value that it has seen.
         self._offered = int(handshake_flags)
@@ -199,6 +212,8 @@ class Handshake:
             self._withheld |= _CHUNKED_REPLIES
         if not meta_contexts:
             self._withheld |= _META_CONTEXTS
+        self._tls_mode = tls
+        self._tls = False  # it is up
         self.shutting_down = False
         #: What was wrong with options that were refused, since the driver last took it from here.
         self.refusals: list[str] = []
@@ -215,7 +230,12 @@ class Handshake:
         self._requested = frozenset[int]()  # information that we know, if it is INFO or GO
         self._opening: OpenExport | None = None
 
-        # What was agreed on so far.
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin anew with what is agreed on by options."""
+        self._requested = frozenset()
+        self._opening = None
         self._options_left = MAX_OPTIONS
         self._listed = False
         self._structured_replies = False
@@ -302,6 +322,17 @@ class Handshake:
         self._take_listing()
         self._refuse(reply, message)
 
+    def tls_started(self) -> None:
+        """Answer StartTls: from now on bytes come and go through TLS.
+
+        What was agreed on before is forgotten, as anybody on the way may have said it ("NBD_OPT_STARTTLS").
+        """
+        assert self._state is _State.TLS, "TLS was not asked for"
+        assert not self._buffer, "there is clear text that nobody may understand"
+        self._forget()
+        self._tls = True
+        self._state = _State.OPTION
+
     # States: each method takes what it needs out of the buffer, or returns False if that is not there.
 
     def _read_client_flags(self) -> bool:
@@ -359,6 +390,8 @@ class Handshake:
             return None
         if not self._client_flags & ClientFlag.FIXED_NEWSTYLE and option != Option.EXPORT_NAME:
             return OptionReply.ERR_INVALID, "without the client flag FIXED_NEWSTYLE there is only EXPORT_NAME"
+        if self._tls_mode is TlsMode.REQUIRE and not self._tls and option != Option.STARTTLS:
+            return OptionReply.ERR_TLS_REQD, "this server requires TLS"
         rule = self._RULES.get(option)
         if rule is None or option in self._withheld:
             return OptionReply.ERR_UNSUP, f"option {option} is not supported"
@@ -397,7 +430,15 @@ class Handshake:
         self._event = ListExports()
 
     def _starttls(self, _: bytes) -> None:
-        raise OptionError(OptionReply.ERR_UNSUP, "TLS is not supported")
+        if self._tls:
+            raise OptionError(OptionReply.ERR_INVALID, "TLS is on already")
+        if self._tls_mode is TlsMode.OFF:
+            raise OptionError(OptionReply.ERR_POLICY, "this server does not offer TLS")
+        if self._buffer:  # anybody on the way may have put it there, for us to take it for what comes through TLS
+            self._fail("something came in clear text behind STARTTLS")
+        self._reply(OptionReply.ACK)
+        self._state = _State.TLS
+        self._event = StartTls()
 
     def _info_or_go(self, data: bytes) -> None:
         self._ask_to_open(*parse_info_request(data))

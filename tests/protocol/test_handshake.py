@@ -1019,17 +1019,6 @@ def test_last_selection_counts() -> None:
     assert client.handshake.negotiated.contexts == ()
 
 
-# STARTTLS, of a server without TLS.
-
-
-def test_starttls_is_unsupported() -> None:
-    client = Client()
-
-    client.refused(Option.STARTTLS, OptionReply.ERR_UNSUP)
-
-    client.is_in_step()
-
-
 # Shutting down.
 
 
@@ -1233,7 +1222,7 @@ def test_malformed_option_is_told_to_the_driver(number: Option) -> None:
     assert text.isprintable()
 
 
-@pytest.mark.parametrize("number", [0, 4, Option.STARTTLS, 0xFFFFFFFF])
+@pytest.mark.parametrize("number", [0, 4, 0xFFFFFFFF])
 def test_option_that_is_not_supported_is_nobodys_fault(number: int) -> None:
     client = Client()
 
