@@ -12,6 +12,7 @@ import pytest
 
 from nbdkitpy import Filter, Plugin
 from nbdkitpy.server.options import ServerOptions
+from tests.certificates import Authority, make_directory
 from tests.serving import Disks, Running, Solo, join_others, unix_options
 
 
@@ -27,6 +28,18 @@ class StartSession(Protocol):
 
     def __call__(self, plugin: Plugin | None = None, *filters: Filter, begin: bool = True, **options: Any) -> Solo:
         """Return the session; it serves :class:`Disks` if no plugin is given."""
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """The certificate authority of :func:`certificates`."""
+    return Authority(tmp_path_factory.mktemp("authority") / "ca")
+
+
+@pytest.fixture(scope="session")
+def certificates(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with certificates and keys of a server and of a client. Tests only read it."""
+    return make_directory(authority, tmp_path_factory.mktemp("certificates") / "tls")
 
 
 @pytest.fixture
