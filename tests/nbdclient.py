@@ -9,6 +9,7 @@ import contextlib
 import enum
 import itertools
 import socket
+import ssl
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -157,6 +158,17 @@ class NbdClient:
         if self.socket.family != socket.AF_UNIX:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.socket.close()
+
+    def start_tls(self, context: ssl.SSLContext, name: str | None = "localhost") -> NbdClient:
+        """Ask for TLS and begin it, and return this client.
+
+        Args:
+            context: Of a client.
+            name: Of the server, as it has to stand in its certificate.
+        """
+        require(self.option(Option.STARTTLS) == [], "something before the ACK")
+        self.socket = context.wrap_socket(self.socket, server_hostname=name)
+        return self
 
     # --- handshake ---
 

@@ -23,6 +23,7 @@ import nbdkitpy
 from nbdkitpy import ConfigError, cli
 from nbdkitpy.cli.program import Invocation
 from nbdkitpy.config import DebugFlag, ServerConfig
+from nbdkitpy.protocol.constants import TlsMode
 from nbdkitpy.server.activation import Activation
 from nbdkitpy.server.launch import SIGNALS
 from nbdkitpy.server.notify import Notifier
@@ -217,7 +218,9 @@ def test_value_of_an_option_is_not_taken_for_one(parsed: Parsed) -> None:
     [
         (["--ver", "null"], "option --ver is ambiguous: it could be --verbose, --version"),
         (["--d"], "option --d is ambiguous: it could be --debug, --drain, --dump-config, --dump-plugin"),
-        (["--tls", "on", "null"], "--tls"),
+        (["--tls", "maybe", "null"], "'--tls': must be off, on or require, not 'maybe'"),
+        (["--tls-psk", "/does/not/exist", "null"], "'--tls-psk': must be the path of something that exists"),
+        (["--tls-certificates", "", "null"], "'--tls-certificates': must be a path, not ''"),
         (["-x", "null"], "-x"),
         (["-rx", "null"], "-x"),
         (["null", "-p"], "-p"),
@@ -306,6 +309,17 @@ def test_options_that_say_where_to_listen(parsed: Parsed, args: str, endpoint: E
         ("--timeout 100ms --drain 2s", ServerOptions(handshake_timeout=0.1, drain=2.0)),
         ("--time-out 0 --drain 0", ServerOptions(handshake_timeout=0.0, drain=0.0)),
         ("-P /run/pid", ServerOptions(pidfile="/run/pid")),
+        ("--tls=off", ServerOptions(tls=TlsMode.OFF)),
+        ("--tls NO", ServerOptions(tls=TlsMode.OFF)),
+        ("--tls On", ServerOptions(tls=TlsMode.ON)),
+        ("--tls=1", ServerOptions(tls=TlsMode.ON)),
+        ("--tls=REQUIRE", ServerOptions(tls=TlsMode.REQUIRE)),
+        ("--tls=required", ServerOptions(tls=TlsMode.REQUIRE)),
+        ("--tls=force", ServerOptions(tls=TlsMode.REQUIRE)),
+        (
+            "--tls-certificates=/tls --tls-psk=/dev/null --tls-verify-peer --tls-priority=HIGH",
+            ServerOptions(tls_certificates="/tls", tls_psk="/dev/null", tls_verify_peer=True, tls_priority="HIGH"),
+        ),
         ("-f", ServerOptions()),
         ("--no-fork --foreground", ServerOptions()),
     ],
@@ -774,7 +788,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return 0
 
     monkeypatch.setattr("nbdkitpy.server.launch.launch", launch)
-    monkeypatch.setattr("nbdkitpy.server.single.Single", lambda options: "the single one")
+    monkeypatch.setattr("nbdkitpy.server.single.Single", lambda options: SimpleNamespace(name="the single one"))
     return told
 
 
@@ -804,7 +818,7 @@ def test_launch_is_told_all_about_the_process(launched: dict[str, Any]) -> None:
 def test_single_client_has_a_server_of_its_own(launched: dict[str, Any]) -> None:
     assert run("-s", "tdisk", "1").exit_code == 0
 
-    assert (launched["server"], launched["background"]) == ("the single one", False)
+    assert (launched["server"].name, launched["background"]) == ("the single one", False)
 
 
 def test_service_manager_is_told_if_it_wants_to_be(launched: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

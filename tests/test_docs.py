@@ -128,7 +128,7 @@ UNITS = [pytest.param(*unit, id=f"{unit[1]}-{unit[0]}") for unit in entry_points
 
 
 def unit_readme(kind: str, name: str) -> Path:
-    return ROOT / f"{kind}s" / f"nbdkitpy_{kind}s" / name / "README.md"
+    return ROOT / f"{kind}s" / f"nbdkitpy_{kind}s" / name.replace("-", "_") / "README.md"
 
 
 def registered(module: Any) -> list[type[Backend]]:
@@ -148,7 +148,7 @@ def class_of(module: str, name: str) -> type[Backend]:
 
 def test_every_directory_of_a_unit_is_an_entry_point() -> None:
     directories = {
-        (kind, path.name)
+        (kind, path.name.replace("_", "-"))
         for kind in ("plugin", "filter")
         for path in (ROOT / f"{kind}s" / f"nbdkitpy_{kind}s").iterdir()
         if path.is_dir() and not MADE.fullmatch(path.name)

@@ -70,6 +70,7 @@ OURS = {
     "nbdkitpy.server.sender",
     "nbdkitpy.server.service",
     "nbdkitpy.server.session",
+    "nbdkitpy.server.starttls",
     "nbdkitpy.server.transport",
     "nbdkitpy.server.uri",
     "nbdkitpy.server.workers",

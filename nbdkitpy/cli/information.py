@@ -135,7 +135,7 @@ def host_facts() -> dict[str, object]:
         "exit_with_parent": "yes" if sys.platform == "linux" else "no",
         "run_default_socket": "Unix",
         "timeout_option": "yes",
-        "tls": "no",
+        "tls": "yes",
         "vsock_option": "yes",
     }
 

@@ -20,6 +20,7 @@ from nbdkitpy.cli.grammar import PROGRAM, Units, load
 from nbdkitpy.config import DebugFlag, ServerConfig
 from nbdkitpy.config.units import Configured, configure
 from nbdkitpy.registry import Registry
+from nbdkitpy.server.starttls import load_tls
 from nbdkitpy.stack import Stack
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def serve(config: ServerConfig, parent: int) -> int:
             if config.exit_with_parent:
                 exit_with_parent(parent)
             server = _server(config)
+            server.tls = load_tls(config.server)
             with contextlib.ExitStack() as undo:
                 loaded = _load(config, server, undo)
                 reload = _reloader(loaded)

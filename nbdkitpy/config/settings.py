@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nbdkitpy import log
 from nbdkitpy.config.words import Assignment, DebugFlag, parse_debug_flag
 from nbdkitpy.exceptions import ConfigError
-from nbdkitpy.parameters import choice, integer, parse_delay, parse_path, parse_string
+from nbdkitpy.parameters import choice, integer, parse_bool, parse_delay, parse_filename, parse_path, parse_string
+from nbdkitpy.protocol.constants import TlsMode
 from nbdkitpy.server.options import AddressFamily, Endpoint, ServerOptions, Transport
 
 if TYPE_CHECKING:
@@ -76,6 +77,17 @@ def _threads(text: str) -> int:
 def _unix_path(text: str) -> str:
     return text if text == "-" else parse_path(text)
 
+
+def _tls_mode(text: str) -> TlsMode:
+    word = text.lower()
+    try:
+        return _TLS_MODES.get(word) or (TlsMode.ON if parse_bool(word) else TlsMode.OFF)
+    except ValueError:
+        raise ValueError("off, on or require") from None
+
+
+#: nbdkit's words; those for true and false are on and off.
+_TLS_MODES = {"require": TlsMode.REQUIRE, "required": TlsMode.REQUIRE, "force": TlsMode.REQUIRE}
 
 _TIME = (str, int, float)
 
@@ -147,6 +159,44 @@ SETTINGS = (
         "Refuse meta contexts.",
         value=False,
         key="no-meta-contexts",
+    ),
+    # TLS.
+    Setting(
+        "tls",
+        ("--tls",),
+        "Whether clients may use TLS, or have to: off, on or require.  [default: on if there are certificates]",
+        metavar="MODE",
+        parse=_tls_mode,
+        key="tls",
+    ),
+    Setting(
+        "tls_certificates",
+        ("--tls-certificates",),
+        "Directory with ca-cert.pem, server-cert.pem, server-key.pem, and maybe ca-crl.pem.",
+        metavar="DIR",
+        parse=parse_path,
+        key="tls-certificates",
+    ),
+    Setting(
+        "tls_psk",
+        ("--tls-psk",),
+        "File of pre-shared keys, in place of certificates: lines USER:KEY.",
+        metavar="FILE",
+        parse=parse_filename,
+        key="tls-psk",
+    ),
+    Setting(
+        "tls_verify_peer",
+        ("--tls-verify-peer",),
+        "Serve by TLS only clients that show a certificate which the authority has signed.",
+        key="tls-verify-peer",
+    ),
+    Setting(
+        "tls_priority",
+        ("--tls-priority",),
+        "Ciphers of TLS 1.2 and the security level, in OpenSSL's terms.",
+        metavar="CIPHERS",
+        key="tls-priority",
     ),
     # The service.
     Setting(

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nbdkitpy.backend import SharedCount
+from nbdkitpy.protocol.constants import TlsMode
 from nbdkitpy.server.counts import LocalCount
 from nbdkitpy.server.listener import Listener, listen
 from nbdkitpy.server.options import ServerOptions, Transport
@@ -24,6 +25,7 @@ from nbdkitpy.stack import Stack
 
 if TYPE_CHECKING:
     from nbdkitpy.server.notify import Notifier
+    from nbdkitpy.server.tls import Tls
 
 __all__ = ["Front", "described_clients"]
 
@@ -52,6 +54,8 @@ class Front:
 
         #: The service manager's, if there is one: told how many clients there are, and that we do not hang.
         self.notifier: Notifier | None = None
+        #: By which clients may go over to TLS; None if they may not. Set before :meth:`serve`.
+        self.tls: Tls | None = None
         self._told_clients = -1
         self._next_alive = 0.0
 
@@ -104,7 +108,8 @@ class Front:
             return ""
         name, path = self.options.export_name, first.unix_path
         host = first.host if first.transport is Transport.TCP else ""
-        return make_uri(first.transport, name, port=first.port, unix_path=path, host=host)
+        tls = self.tls.parameters if self.tls is not None and self.tls.mode is TlsMode.REQUIRE else None
+        return make_uri(first.transport, name, port=first.port, unix_path=path, host=host, tls=tls)
 
     @property
     def wakeup_fd(self) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from nbdkitpy import log
 from nbdkitpy.backend import ServerControl
+from nbdkitpy.protocol.constants import TlsMode
 from nbdkitpy.server import linux, privileges
 from nbdkitpy.server.failures import GivenUp, Reported, report
 from nbdkitpy.server.linux import exit_with_parent
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from nbdkitpy.server.background import Background
     from nbdkitpy.server.captive import Captive
     from nbdkitpy.server.notify import Notifier
+    from nbdkitpy.server.tls import Tls
 
 __all__ = ["Servable", "exit_with_parent", "launch", "report"]
 
@@ -64,6 +66,9 @@ class Servable(ServerControl, Protocol):
 
     #: The service manager's, if there is one. While it serves, the server says how it is, and when the end begins.
     notifier: Notifier | None
+
+    #: By which clients may go over to TLS; None if they may not.
+    tls: Tls | None
 
     def bind(self) -> None:
         """Open the listeners."""
@@ -321,8 +326,19 @@ class _Reload:
             self._server.reloaded(self._stack)
             for line in lines or ["nothing to reload"]:
                 _logger.log(log.NOTICE, "reload: %s", line)
+        if self._server.tls is not None:
+            _renew(self._server.tls)
         if self._notifier is not None:
             self._notifier.ready()
+
+
+def _renew(tls: Tls) -> None:
+    try:
+        tls.renew()
+    except Exception as error:  # the old certificates or keys stay in use
+        report("reload", error)
+    else:
+        _logger.log(log.NOTICE, "reload: certificates and keys have been read again")
 
 
 def _become(identity: privileges.Identity) -> None:
@@ -351,6 +367,17 @@ def _variables(server: Servable, export_name: str) -> dict[str, str]:
         "exportname": export_name,
         "port": "" if server.port is None else str(server.port),
         "unixsocket": server.unix_path or "",
+        **_tls_variables(server.tls),
+    }
+
+
+def _tls_variables(tls: Tls | None) -> dict[str, str]:
+    if tls is None:
+        return {}
+    return {
+        "tls": "2" if tls.mode is TlsMode.REQUIRE else "1",
+        "tls_certificates": tls.parameters.get("tls-certificates", ""),
+        "tls_psk": tls.parameters.get("tls-psk-file", ""),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from nbdkitpy.protocol.constants import DEFAULT_PORT, HandshakeFlag
+from nbdkitpy.protocol.constants import DEFAULT_PORT, HandshakeFlag, TlsMode
 
 __all__ = ["AddressFamily", "Endpoint", "ServerOptions", "Transport"]
 
@@ -55,3 +55,8 @@ class ServerOptions(NamedTuple):
     idle_timeout: float = 0.0  #: seconds without a request after which a client is disconnected; 0 is for ever
     keepalive: bool = False  #: have the system find out whether TCP clients are still there
     max_handshakes: int = 1000  #: so many unfinished handshakes are kept; past that the oldest is closed
+    tls: TlsMode | None = None  #: None is on if there is what it takes
+    tls_certificates: str | None = None  #: absolute path of the directory with certificates and keys
+    tls_psk: str | None = None  #: absolute path of a file of pre-shared keys, which are used in place of certificates
+    tls_verify_peer: bool = False  #: clients have to show a certificate that our authority has signed
+    tls_priority: str | None = None  #: ciphers in OpenSSL's terms

@@ -154,7 +154,9 @@ class Pool(Front):
             settle(number)
             self._forget_main(number, channel)
             assert self._live is not None, "start_workers has set it"
-            status = self._live(Worker(self.options, channel).serve)
+            worker = Worker(self.options, channel)
+            worker.tls = self.tls
+            status = self._live(worker.serve)
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
         except BaseException as error:

@@ -48,6 +48,7 @@ class Server(Front):
             self.options,
             self._log,
             self._established,
+            self.tls,
             is_admitted=self._are_admitted,
         )
         return self._start(session, sock)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from nbdkitpy.backend import Client, Support, ThreadModel
-from nbdkitpy.protocol.constants import BASE_ALLOCATION, Option, OptionReply, TransmissionFlag
+from nbdkitpy.protocol.constants import BASE_ALLOCATION, Option, OptionReply, TlsMode, TransmissionFlag
 from nbdkitpy.protocol.errors import RemoteProtocolError, printable
 from nbdkitpy.protocol.handshake import (
     Closed,
@@ -17,6 +18,7 @@ from nbdkitpy.protocol.handshake import (
     Negotiated,
     OpenExport,
     Ready,
+    StartTls,
 )
 from nbdkitpy.protocol.messages import BlockSizeInfo, oldstyle_greeting
 from nbdkitpy.protocol.replies import ExtendedReplies, Replies, SimpleReplies, StructuredReplies
@@ -24,9 +26,12 @@ from nbdkitpy.protocol.transmission import MAX_PAYLOAD, Transmission
 from nbdkitpy.server.checks import describe, reason
 from nbdkitpy.server.engine import Engine
 from nbdkitpy.server.options import ServerOptions
-from nbdkitpy.server.transport import Stream
+from nbdkitpy.server.transport import Connection, Stream
 from nbdkitpy.stack import Capabilities, Stack
 from nbdkitpy.stack import OpenExport as Opened
+
+if TYPE_CHECKING:
+    from nbdkitpy.server.tls import Tls
 
 __all__ = ["Session", "admit", "session_name", "transmission_flags"]
 
@@ -44,21 +49,25 @@ class Session:
         client: Who is at its other end.
         established: Called when the handshake is over.
         is_admitted: The layers have been asked by :func:`admit` before.
+        tls: By which clients may go over to TLS; None if they may not.
     """
 
     def __init__(
         self,
-        transport: Stream,
+        transport: Connection,
         client: Client,
         stack: Stack,
         options: ServerOptions,
         log: logging.Logger,
         established: Callable[[Session], None],
+        tls: Tls | None = None,
         *,
         is_admitted: bool = False,
     ) -> None:
         self.name = session_name(stack, client)
-        self._transport = transport
+        self._connection = transport
+        self._tls = tls
+        self._transport: Stream = transport  # the connection, or TLS over it
         # Not methods of ours, as handles keep the client: we would wait for the garbage collector.
         self._client = client._replace(sleep=transport.sleep, disconnect=_disconnector(self))
         self._stack = stack
@@ -126,6 +135,7 @@ class Session:
                 handshake_flags=self._options.handshake_flags,
                 structured_replies=self._options.structured_replies,
                 meta_contexts=self._options.meta_contexts,
+                tls=TlsMode.OFF if self._tls is None else self._tls.mode,
             )
             if not self._negotiate(handshake):
                 return
@@ -152,6 +162,9 @@ class Session:
             output = handshake.data_to_send()
             if output:  # after each event, as a list of exports may be long
                 self._transport.send([output])
+            if isinstance(event, StartTls):
+                self._start_tls()
+                handshake.tls_started()
             if isinstance(event, (Ready, Closed)):
                 return isinstance(event, Ready)
             if event is not None:
@@ -161,6 +174,15 @@ class Session:
                 self._log.debug("%s: left during the handshake", self.name)
                 return False
             handshake.receive_data(buffer[:count])
+
+    def _start_tls(self) -> None:
+        if self._tls is None:  # not reached: the client has been refused
+            raise RuntimeError("there is no TLS")
+        secured = self._tls.accept(self._connection)
+        self._transport = secured.transport
+        self._client = self._client._replace(tls=True, tls_dn=secured.subject, tls_issuer_dn=secured.issuer)
+        whose = "" if secured.subject is None else f', certificate of "{printable(secured.subject)}"'
+        self._log.debug("%s: TLS is up: %s%s", self.name, secured.description, whose)
 
     def _answer_open(self, handshake: Handshake, event: OpenExport) -> None:
         facts = self._opened(event, handshake.negotiated)

@@ -23,11 +23,12 @@ from nbdkitpy.server.background import redirect_to_nothing
 from nbdkitpy.server.counts import LocalCount
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.session import Session
-from nbdkitpy.server.transport import SocketTransport, describe_client, sleep_unless
+from nbdkitpy.server.transport import SocketTransport, describe_client, send_by_reading, sleep_unless
 from nbdkitpy.stack import Stack
 
 if TYPE_CHECKING:
     from nbdkitpy.server.notify import Notifier
+    from nbdkitpy.server.tls import Tls
 
 __all__ = ["PipeTransport", "Single"]
 
@@ -35,9 +36,6 @@ _logger = logging.getLogger("nbdkitpy")
 
 #: The kernel takes at most so many pieces in one call (IOV_MAX on Linux).
 _MOST_PIECES = 1024
-
-#: Bytes of a file that are read at once to be sent.
-_FILE_PIECE = 1 << 20
 
 #: Seconds that an aborted session has to end.
 _GRACE = 2.0
@@ -115,17 +113,12 @@ class PipeTransport:
         Raises:
             OSError: the client cannot be reached any more.
         """
-        end = position + count
-        while position < end:
-            try:
-                data = os.pread(fd, min(end - position, _FILE_PIECE), position)
-            except OSError:
-                break
-            if not data:
-                break
-            self.send([data])
-            position += len(data)
-        return count - (end - position)
+        return send_by_reading(self.send, fd, position, count)
+
+    def send_now(self, data: bytes) -> None:
+        """Send what can be sent without waiting, and do not care for the rest."""
+        with contextlib.suppress(OSError):
+            os.write(self._sending, data)
 
     def sleep(self, seconds: float) -> None:
         """Wait, in any thread.
@@ -214,6 +207,7 @@ class Single:
     def __init__(self, options: ServerOptions) -> None:
         self._options = options
         self.notifier: Notifier | None = None
+        self.tls: Tls | None = None
         self._connection = _take_standard_streams()
 
         # What signal handlers and the session's thread set for the main loop.
@@ -274,7 +268,7 @@ class Single:
         """
         connection, self._connection = self._connection, None
         assert connection is not None, "there is one client only"
-        session = connection.session(stack, self._options, self._on_established)
+        session = connection.session(stack, self._options, self._on_established, self.tls)
         thread = threading.Thread(target=self._run, args=(session,), name=session.name, daemon=True)
         thread.start()
         self._watch_handshake(session)
@@ -347,9 +341,11 @@ class _Socket:
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
 
-    def session(self, stack: Stack, options: ServerOptions, established: Callable[[Session], None]) -> Session:
+    def session(
+        self, stack: Stack, options: ServerOptions, established: Callable[[Session], None], tls: Tls | None
+    ) -> Session:
         transport = SocketTransport(self._socket, keepalive=options.keepalive)
-        return Session(transport, describe_client(self._socket, 1), stack, options, _logger, established)
+        return Session(transport, describe_client(self._socket, 1), stack, options, _logger, established, tls)
 
     def close(self) -> None:
         self._socket.close()
@@ -361,8 +357,10 @@ class _Pipes:
     def __init__(self, receiving: int, sending: int) -> None:
         self._transport = PipeTransport(receiving, sending)
 
-    def session(self, stack: Stack, options: ServerOptions, established: Callable[[Session], None]) -> Session:
-        return Session(self._transport, Client(1), stack, options, _logger, established)
+    def session(
+        self, stack: Stack, options: ServerOptions, established: Callable[[Session], None], tls: Tls | None
+    ) -> Session:
+        return Session(self._transport, Client(1), stack, options, _logger, established, tls)
 
     def close(self) -> None:
         self._transport.close()

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from nbdkitpy.backend import Buffer, Client, Family
 
-__all__ = ["SocketTransport", "Stream", "describe_client", "sleep_unless"]
+__all__ = ["Connection", "SocketTransport", "Stream", "describe_client", "send_by_reading", "sleep_unless"]
 
 #: The kernel takes at most so many pieces in one call (IOV_MAX on Linux).
 _MOST_PIECES = 1024
@@ -24,6 +24,9 @@ _MOST_PIECES = 1024
 _CONNECTION_ERRORS = frozenset(
     {errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ESHUTDOWN, errno.ETIMEDOUT}
 )
+
+#: Bytes of a file that are read at once, where the system cannot send it by itself.
+_FILE_PIECE = 1 << 20
 
 #: So many bytes that came after the client's last request are dropped at the end; with more it is not in earnest.
 _MOST_UNREAD = 16 << 20
@@ -56,10 +59,16 @@ class Stream(Protocol):
     def set_patience(self, seconds: float) -> None: ...
     def send(self, pieces: Sequence[Buffer], *, more: bool = False) -> None: ...
     def send_file(self, fd: int, position: int, count: int) -> int: ...
-    def sleep(self, seconds: float) -> None: ...
     def stop_receiving(self) -> None: ...
     def abort(self) -> None: ...
     def close(self) -> None: ...
+
+
+class Connection(Stream, Protocol):
+    """What a session begins with: a stream in clear text, over which there may be TLS later."""
+
+    def send_now(self, data: bytes) -> None: ...
+    def sleep(self, seconds: float) -> None: ...
 
 
 class SocketTransport:
@@ -137,6 +146,11 @@ class SocketTransport:
         """
         sleep_unless(seconds, (self._socket.fileno(), select.POLLRDHUP))  # which our own shutdowns bring about too
 
+    def send_now(self, data: bytes) -> None:
+        """Send what can be sent without waiting, and do not care for the rest."""
+        with contextlib.suppress(OSError):
+            self._socket.send(data, socket.MSG_DONTWAIT)
+
     def stop_receiving(self) -> None:
         """Have the receiving thread find the end of the stream, after what has already arrived."""
         self._shutdown(socket.SHUT_RD)
@@ -183,6 +197,25 @@ def sleep_unless(seconds: float, *watched: tuple[int, int]) -> None:
         if left < 0.001:  # which poll cannot do
             time.sleep(max(0.0, left))
             return
+
+
+def send_by_reading(send: Callable[[Sequence[Buffer]], None], fd: int, position: int, count: int) -> int:
+    """Send `count` bytes of a file by `send`, and return how many went: fewer only if no more can be had of the file.
+
+    Raises:
+        OSError: of `send`.
+    """
+    end = position + count
+    while position < end:
+        try:
+            data = os.pread(fd, min(end - position, _FILE_PIECE), position)
+        except OSError:
+            break
+        if not data:
+            break
+        send([data])
+        position += len(data)
+    return count - (end - position)
 
 
 def describe_client(sock: socket.socket, number: int) -> Client:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from nbdkitpy.protocol.constants import DEFAULT_PORT
 from nbdkitpy.server.options import Transport
@@ -23,11 +24,13 @@ def make_uri(
     port: int | None = None,
     unix_path: str | None = None,
     host: str = "localhost",
+    tls: Mapping[str, str] | None = None,
 ) -> str:
     """Return the URI, in the form that the transport has.
 
     ``nbd://HOST[:PORT][/EXPORT]``, ``nbd+unix://[/EXPORT]?socket=PATH`` or ``nbd+vsock://1[:PORT][/EXPORT]``, in which
-    a guest puts 2, its host, in place of the 1. The standard port is left out, an IPv6 address put in brackets.
+    a guest puts 2, its host, in place of the 1. The standard port is left out, an IPv6 address put in brackets. With
+    TLS ``nbds`` stands in place of ``nbd``.
 
     Args:
         transport: What the server listens on.
@@ -35,16 +38,20 @@ def make_uri(
         port: For TCP and vsock.
         unix_path: For a Unix socket.
         host: For TCP, a name or an address.
+        tls: If clients have to use TLS, the parameters by which a client finds what it needs for that.
     """
+    scheme = "nbd" if tls is None else "nbds"
+    query = [f"{key}={_quoted(value)}" for key, value in (tls or {}).items()]
     path = f"/{_quoted(export_name)}" if export_name else ""
     if transport is Transport.UNIX:
-        return f"nbd+unix://{path}?socket={_quoted(unix_path or '')}"
-    suffix = "" if port in (None, DEFAULT_PORT) else f":{port}"
+        query.insert(0, f"socket={_quoted(unix_path or '')}")
+        return f"{scheme}+unix://{path}?{'&'.join(query)}"
+    rest = ("" if port in (None, DEFAULT_PORT) else f":{port}") + path + (f"?{'&'.join(query)}" if query else "")
     if transport is Transport.VSOCK:
-        return f"nbd+vsock://{_VSOCK_LOCAL}{suffix}{path}"
+        return f"{scheme}+vsock://{_VSOCK_LOCAL}{rest}"
     if ":" in host:
         host = f"[{host.replace('%', '%25')}]"  # the % is that of a link-local address's zone
-    return f"nbd://{host}{suffix}{path}"
+    return f"{scheme}://{host}{rest}"
 
 
 def _quoted(text: str) -> str:

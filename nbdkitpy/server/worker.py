@@ -67,11 +67,20 @@ class Worker(Server):
             return self._take_over(message, stack)
         elif message.kind is Kind.RELOAD:
             _reload(message, stack)
+            self._renew()
         elif message.kind is Kind.ABORT:
             self.abort()
         else:
             self.shutdown()
         return True
+
+    def _renew(self) -> None:
+        """Read certificates and keys again, as the main process does."""
+        try:
+            if self.tls is not None:
+                self.tls.renew()
+        except Exception as error:  # the old ones stay in use
+            report(f"worker {os.getpid()}: reload", error)
 
     def _take_over(self, message: Message, stack: Stack) -> bool:
         if message.fd is None:

@@ -12,6 +12,7 @@ from nbdkitpy import ConfigError
 from nbdkitpy.config import DebugFlag
 from nbdkitpy.config.file import Document, read_file
 from nbdkitpy.config.units import Given, Reference
+from nbdkitpy.protocol.constants import TlsMode
 from nbdkitpy.server.options import AddressFamily, Endpoint, Transport
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
@@ -61,6 +62,11 @@ def test_an_empty_file_says_nothing(path: Path) -> None:
         ("timeout = 1e-3", {"handshake_timeout": 0.001}),
         ('drain = "100ms"', {"drain": 0.1}),
         ("idle-timeout = 60", {"idle_timeout": 60.0}),
+        ('tls = "require"', {"tls": TlsMode.REQUIRE}),
+        ('tls-certificates = "/tls"', {"tls_certificates": "/tls"}),
+        ('tls-psk = "/dev/null"', {"tls_psk": "/dev/null"}),
+        ("tls-verify-peer = true", {"tls_verify_peer": True}),
+        ('tls-priority = "HIGH"', {"tls_priority": "HIGH"}),
         ("keepalive = true", {"keepalive": True}),
         ('export = "a b"', {"export_name": "a b"}),
         ('pidfile = "/run/pid"', {"pidfile": "/run/pid"}),

@@ -23,8 +23,8 @@ EXPORT_NAME, ABORT, LIST, STARTTLS, INFO, GO, STRUCTURED_REPLY, LIST_META, SET_M
     1, 2, 3, 5, 6, 7, 8, 9, 10, 11,
 )  # fmt: skip
 ACK = 1
-ERR_UNSUP, ERR_INVALID, ERR_UNKNOWN, ERR_TOO_BIG, ERR_EXT_HEADER_REQD = (
-    0x80000001, 0x80000003, 0x80000006, 0x80000009, 0x8000000A,
+ERR_UNSUP, ERR_POLICY, ERR_INVALID, ERR_UNKNOWN, ERR_TOO_BIG, ERR_EXT_HEADER_REQD = (
+    0x80000001, 0x80000002, 0x80000003, 0x80000006, 0x80000009, 0x8000000A,
 )  # fmt: skip
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
 FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN, UNKNOWN_FLAG = (1 << bit for bit in range(7))
@@ -227,7 +227,7 @@ ANSWERED = {
     "PEEK_EXPORT": (4, b"", ERR_UNSUP),
     "unknown option with data": (12345, b"data" * 1000, ERR_UNSUP),
     "option 0xffffffff": (0xFFFFFFFF, b"", ERR_UNSUP),
-    "STARTTLS": (STARTTLS, b"", ERR_UNSUP),
+    "STARTTLS": (STARTTLS, b"", ERR_POLICY),
     "STARTTLS with data": (STARTTLS, b"x", ERR_INVALID),
     "LIST with data": (LIST, b"x", ERR_INVALID),
     "STRUCTURED_REPLY with data": (STRUCTURED_REPLY, b"x", ERR_INVALID),
@@ -266,7 +266,7 @@ def test_a_wrong_option_gets_its_error_and_the_connection_goes_on(connect: Conne
 
     assert found == error if error is not None else found in (ERR_INVALID, ERR_TOO_BIG)
     assert peer.flush("simple") == 0
-    writable.check(lines, 0 if found == ERR_UNSUP else LINES_OF_A_WRONG_OPTION)
+    writable.check(lines, 0 if found in (ERR_UNSUP, ERR_POLICY) else LINES_OF_A_WRONG_OPTION)
 
 
 def test_a_failed_set_meta_context_forgets_the_selection(connect: Connect, writable: Scene) -> None:

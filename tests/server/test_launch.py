@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -18,11 +19,13 @@ from typing import Any
 import pytest
 
 from nbdkitpy import Client, ConfigError, Filter, Handle, Plugin, SharedCount, log
+from nbdkitpy.protocol.constants import TlsMode
 from nbdkitpy.server import launch as module
 from nbdkitpy.server import linux, privileges
 from nbdkitpy.server.launch import launch, report
 from nbdkitpy.server.notify import Notifier
 from nbdkitpy.server.privileges import Identity
+from nbdkitpy.server.tls import Tls
 from nbdkitpy.stack import Stack
 
 
@@ -34,6 +37,7 @@ class FakeServer:
     port: int | None = 10809
     unix_path: str | None = None
     notifier: Notifier | None = None
+    tls: Tls | None = None
 
     def __init__(self, events: list[str], during: Callable[[], object] | None = None) -> None:
         self.events = events
@@ -277,6 +281,24 @@ def test_command_has_the_path_of_a_unix_socket_and_no_port(server: FakeServer, s
     assert out.read_text() == ";/run/x y\n"
 
 
+@pytest.mark.parametrize(
+    ("mode", "parameters", "variables"),
+    [
+        (TlsMode.ON, {}, "1;;"),
+        (TlsMode.REQUIRE, {"tls-certificates": "/a b"}, "2;/a b;"),
+        (TlsMode.REQUIRE, {"tls-psk-file": "/keys"}, "2;;/keys"),
+    ],
+)
+def test_command_knows_of_tls(
+    server: FakeServer, stack: Stack, tmp_path: Path, mode: TlsMode, parameters: dict[str, str], variables: str
+) -> None:
+    server.tls, server.during = Tls(mode, lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), parameters), None
+    out = tmp_path / "out"
+
+    assert launch(server, stack, command=f'echo "$tls;$tls_certificates;$tls_psk" > {out}') == 0
+    assert out.read_text() == f"{variables}\n"
+
+
 def test_server_that_ends_first_waits_for_the_command(server: FakeServer, stack: Stack, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -450,6 +472,37 @@ def test_sighup_reloads_and_logs_what_that_did(
     assert launch(server, stack, reload=lambda: lines) == 0
     assert messages() == [f"nbdkitpy: reload: {line}" for line in lines or ["nothing to reload"]]
     assert server.events[4:8] == ["serve", "call_soon", "reloaded", "goes on"]
+
+
+def test_sighup_reads_certificates_again(server: FakeServer, stack: Stack, messages: Callable[[], list[str]]) -> None:
+    made: list[ssl.SSLContext] = []
+
+    def make() -> ssl.SSLContext:
+        made.append(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+        return made[-1]
+
+    server.tls, server.during = Tls(TlsMode.ON, make, {}), hung_up(server)
+
+    assert launch(server, stack, reload=lambda: ["done"]) == 0
+    assert messages() == ["nbdkitpy: reload: done", "nbdkitpy: reload: certificates and keys have been read again"]
+    assert len(made) == 2
+
+
+def test_certificates_that_cannot_be_read_again_leave_all_else_as_it_is(
+    server: FakeServer, stack: Stack, messages: Callable[[], list[str]]
+) -> None:
+    contexts = [ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)]
+
+    def make() -> ssl.SSLContext:
+        if not contexts:
+            raise ConfigError("key.pem cannot be read")
+        return contexts.pop()
+
+    server.tls, server.during = Tls(TlsMode.ON, make, {}), hung_up(server)
+
+    assert launch(server, stack, reload=lambda: ["done"]) == 0
+    assert messages() == ["nbdkitpy: reload: done", "nbdkitpy: error: key.pem cannot be read"]
+    assert "goes on" in server.events
 
 
 def test_reload_that_fails_leaves_all_as_it_was(

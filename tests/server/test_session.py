@@ -390,7 +390,7 @@ def test_a_backend_can_disconnect_its_client_while_it_opens(force: bool, start_s
 
 def test_who_keeps_a_client_does_not_keep_its_session(start_session: StartSession) -> None:
     one = start_session(begin=False).session  # for what a session is made of
-    session = Session(one._transport, Client(1), one._stack, one._options, one._log, lambda session: None)
+    session = Session(one._connection, Client(1), one._stack, one._options, one._log, lambda session: None)
     client, reference = session._client, weakref.ref(session)
 
     del session

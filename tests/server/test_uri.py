@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from nbdkitpy.server.options import Transport
@@ -37,6 +39,20 @@ def test_tcp(port: int | None, name: str, host: str, uri: str) -> None:
 )
 def test_unix(path: str, name: str, uri: str) -> None:
     assert make_uri(Transport.UNIX, name, unix_path=path) == uri
+
+
+@pytest.mark.parametrize(
+    ("transport", "where", "tls", "uri"),
+    [
+        (Transport.TCP, {"port": 10809}, {}, "nbds://localhost/x"),
+        (Transport.TCP, {"port": 1}, {"tls-certificates": "/a b"}, "nbds://localhost:1/x?tls-certificates=/a%20b"),
+        (Transport.UNIX, {"unix_path": "/s"}, {}, "nbds+unix:///x?socket=/s"),
+        (Transport.UNIX, {"unix_path": "/s"}, {"tls-psk-file": "/k&"}, "nbds+unix:///x?socket=/s&tls-psk-file=/k%26"),
+        (Transport.VSOCK, {"port": 5}, {"tls-psk-file": "/k"}, "nbds+vsock://1:5/x?tls-psk-file=/k"),
+    ],
+)
+def test_tls(transport: Transport, where: dict[str, Any], tls: dict[str, str], uri: str) -> None:
+    assert make_uri(transport, "x", **where, tls=tls) == uri
 
 
 @pytest.mark.parametrize(("port", "name", "uri"), [(10809, "", "nbd+vsock://1"), (5, "disk", "nbd+vsock://1:5/disk")])
