@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 from nbdkitpy.backend import SharedCount
 from nbdkitpy.protocol.constants import TlsMode
-from nbdkitpy.server.counts import LocalCount
 from nbdkitpy.server.listener import Listener, listen
 from nbdkitpy.server.options import ServerOptions, Transport
 from nbdkitpy.server.uri import make_uri
@@ -149,6 +148,8 @@ class Front:
 
     def shared_count(self, on_zero: Callable[[], None] | None = None) -> SharedCount:
         """Return a count, of this process alone as no other one serves."""
+        from nbdkitpy.server.counts import LocalCount  # few units count
+
         return LocalCount(on_zero)
 
     def call_soon(self, function: Callable[[], object]) -> None:

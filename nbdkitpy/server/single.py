@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 from nbdkitpy.backend import Buffer, Client, SharedCount
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.server.background import redirect_to_nothing
-from nbdkitpy.server.counts import LocalCount
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.session import Session
 from nbdkitpy.server.transport import SocketTransport, describe_client, send_by_reading, sleep_unless
@@ -249,6 +248,8 @@ class Single:
 
     def shared_count(self, on_zero: Callable[[], None] | None = None) -> SharedCount:
         """Return a count, of this process alone as no other one serves."""
+        from nbdkitpy.server.counts import LocalCount  # few units count
+
         return LocalCount(on_zero)
 
     def call_soon(self, function: Callable[[], object]) -> None:

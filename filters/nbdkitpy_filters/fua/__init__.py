@@ -19,6 +19,7 @@ class Fua(Filter):
     name = "fua"
     longname = "nbdkitpy fua filter"
     description = "Change how writes get to stable storage."
+    multi_process = True
 
     fua_mode = Parameter(
         choice("none", "emulate", "native", "force", "pass", "discard"),

@@ -15,6 +15,7 @@ class NoExtents(Filter):
     name = "noextents"
     longname = "nbdkitpy noextents filter"
     description = "Hide from clients which parts of the disk are holes."
+    multi_process = True
 
     def wrap(self, handle: Handle, client: Client) -> Handle:
         return _Opaque(handle)

@@ -24,6 +24,7 @@ class NoParallel(Filter):
     name = "noparallel"
     longname = "nbdkitpy noparallel filter"
     description = "Carry out fewer requests at once."
+    multi_process = True
 
     serialize = Parameter(
         choice(*_MODELS),

@@ -23,6 +23,7 @@ class NoZero(Filter):
     name = "nozero"
     longname = "nbdkitpy nozero filter"
     description = "Write zeroes in another way than the plugin does."
+    multi_process = True
 
     zero_mode = Parameter(
         choice("none", "emulate", "notrim", "plugin"),

@@ -15,6 +15,7 @@ class Offset(Filter):
     name = "offset"
     longname = "nbdkitpy offset filter"
     description = "Serve a range of bytes of the disk."
+    multi_process = True
 
     offset = Parameter(parse_size, default=0, metavar="OFFSET", help="Where the range begins.")
     range = Parameter(parse_size, metavar="LENGTH", help="Its length. Default: up to the end of the disk.")

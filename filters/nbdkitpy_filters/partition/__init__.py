@@ -33,6 +33,7 @@ class Partitions(Filter):
     name = "partition"
     longname = "nbdkitpy partition filter"
     description = "Serve one partition of the disk, which has an MBR or a GPT."
+    multi_process = True
 
     partition = Parameter(
         integer(1, _MAX_NUMBER),

@@ -17,6 +17,7 @@ class ReadOnly(Filter):
     name = "readonly"
     longname = "nbdkitpy readonly filter"
     description = "Make the disk read-only, always or while a file exists."
+    multi_process = True
 
     readonly_file = Parameter(
         parse_path,
