@@ -157,9 +157,12 @@ def prepared(directory: Path) -> Path:
 
 
 def surroundings(directory: Path) -> dict[str, str]:
-    """Return the environment in which the plugin is found, and coverage measured if it is here."""
+    """Return the environment in which the plugin is found, and coverage measured if it is here.
+
+    To fork with more than one thread is an error there.
+    """
     measured = {key: value for key, value in os.environ.items() if key.startswith("COVERAGE_PROCESS")}
-    return {**measured, "PYTHONPATH": str(directory)}
+    return {**measured, "PYTHONPATH": str(directory), "PYTHONWARNINGS": "error::DeprecationWarning"}
 
 
 def popen(directory: Path, *words: str, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:

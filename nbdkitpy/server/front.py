@@ -70,7 +70,7 @@ class Front:
         # What the main loop waits for, and what it does when that can be read.
         self._poll = select.poll()
         self._sources: dict[int, Callable[[], bool]] = {}
-        self._watch(self._wake_read, self._drain_wakeups)
+        self._poll.register(self._wake_read, select.POLLIN)
 
     # --- before and after ---
 
@@ -173,7 +173,7 @@ class Front:
         try:
             self._serve_while(lambda: not self._finishing)
         finally:
-            Front.close(self)
+            Front.close(self)  # the listeners alone, whatever else a subclass closes
         self._log.debug("accepting no more clients")
         if self.notifier is not None:
             self.notifier.stopping()
@@ -196,9 +196,10 @@ class Front:
         """Wait until there is something to do, and do it."""
         self._report()
         for fd, _ in self._poll.poll(_milliseconds(min(deadline, self._next_deadline()))):
-            source = self._sources.get(fd)  # there may be none any more
+            source = self._sources.get(fd)  # none has the pipe, nor what is not watched any more
             if source is not None and not source():
                 self._take_a_breather()
+        self._drain_wakeups()
         self._do_what_is_due()
         self._report()
 
@@ -231,10 +232,9 @@ class Front:
         poll.register(self._wake_read, select.POLLIN)
         poll.poll(_BREATHER * 1000)
 
-    def _drain_wakeups(self) -> bool:
+    def _drain_wakeups(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake_read, 4096)
-        return True
 
     def _report(self) -> None:
         """Tell the service manager what it wants to know, when there is something new."""
