@@ -56,7 +56,6 @@ OURS = {
     "nbdkitpy.server.batch",
     "nbdkitpy.server.checks",
     "nbdkitpy.server.commands",
-    "nbdkitpy.server.counts",
     "nbdkitpy.server.engine",
     "nbdkitpy.server.failures",
     "nbdkitpy.server.front",

@@ -42,6 +42,7 @@ class Delay(Filter):
     name = "delay"
     longname = "nbdkitpy delay filter"
     description = "Delay requests, to simulate a slow or remote server."
+    multi_process = True
 
     delay_read = _delay("reads", "rdelay")
     delay_write = _delay("writes")

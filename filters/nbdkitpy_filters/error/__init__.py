@@ -66,6 +66,7 @@ class Error(Filter):
     name = "error"
     longname = "nbdkitpy error filter"
     description = "Inject errors, to test clients."
+    multi_process = True
 
     error, error_rate, error_file = _error("")
     error_pread, error_pread_rate, error_pread_file = _error("pread")

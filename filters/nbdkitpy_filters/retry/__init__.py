@@ -53,6 +53,7 @@ class Retry(Filter):
     name = "retry"
     longname = "nbdkitpy retry filter"
     description = "Reopen the plugin and try again when a request fails."
+    multi_process = True
 
     retries = Parameter(
         integer(0, _MAX_RETRIES), default=5, metavar="N", help="How many times one request is tried again. Default: 5."
