@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import socket
+import subprocess
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,6 +29,19 @@ from tests.serving import Disks, make_stack, open_descriptors, unix_options
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return prepared(tmp_path)
+
+
+@pytest.fixture
+def begin(directory: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Begin the program; at the end it has ended, and so have its workers when they find out."""
+    with contextlib.ExitStack() as ends:
+
+        def begin(*words: str, **options: object) -> subprocess.Popen[str]:
+            process = ends.enter_context(popen(directory, *words, **options))  # type: ignore[arg-type]
+            ends.callback(process.kill)  # first
+            return process
+
+        yield begin
 
 
 @pytest.fixture
@@ -329,9 +343,11 @@ def test_a_count_that_comes_too_late_to_be_shared_is_an_error(directory: Path) -
     assert "shared_count must be called in load or get_ready, before the workers begin" in errors
 
 
-def test_a_beginning_that_does_not_end_is_cut_short_by_the_second_signal(directory: Path) -> None:
+def test_a_beginning_that_does_not_end_is_cut_short_by_the_second_signal(
+    begin: Callable[..., subprocess.Popen[str]], directory: Path
+) -> None:
     journal = directory / "j"
-    process = popen(directory, "-f", "-U", f"{directory}/s", "pids", f"journal={journal}", "bad=waits")
+    process = begin("-f", "-U", f"{directory}/s", "pids", f"journal={journal}", "bad=waits")
     eventually(lambda: [event for event, _ in events(journal)].count("after_fork") == 1)
 
     process.send_signal(signal.SIGTERM)
@@ -357,10 +373,12 @@ def test_a_backend_in_a_worker_can_end_the_whole_server(start: Callable[..., Poo
     assert pool.wait() == []
 
 
-def test_an_interrupt_at_the_terminal_is_for_the_main_process(directory: Path) -> None:
+def test_an_interrupt_at_the_terminal_is_for_the_main_process(
+    begin: Callable[..., subprocess.Popen[str]], directory: Path
+) -> None:
     journal = directory / "j"
     words = ("-f", "-U", f"{directory}/s", "--print-uri", "pids", f"journal={journal}")
-    process = popen(directory, *words, start_new_session=True)
+    process = begin(*words, start_new_session=True)
     assert process.stdout is not None
     assert process.stdout.readline()
     client = dial(f"{directory}/s")
@@ -525,12 +543,14 @@ def test_a_flush_in_one_worker_covers_writes_in_another(start: Callable[..., Poo
     assert disk.read_bytes()[8192:12288] == data
 
 
-def test_the_service_manager_is_told_by_the_main_process_alone(start: Callable[..., Pool], directory: Path) -> None:
+def test_the_service_manager_is_told_by_the_main_process_alone(
+    begin: Callable[..., subprocess.Popen[str]], directory: Path
+) -> None:
     manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     manager.bind(f"{directory}/notify")
     manager.settimeout(PATIENCE)
     env = {"NOTIFY_SOCKET": f"{directory}/notify", "WATCHDOG_USEC": "100000"}
-    process = popen(directory, "-f", "-U", f"{directory}/s", "pids", f"journal={directory}/j", env=env)
+    process = begin("-f", "-U", f"{directory}/s", "pids", f"journal={directory}/j", env=env)
     told = told_by(manager)
     assert next(told) == "READY=1"
     clients = []
