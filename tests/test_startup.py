@@ -72,6 +72,7 @@ OURS = {
     "nbdkitpy.server.starttls",
     "nbdkitpy.server.transport",
     "nbdkitpy.server.uri",
+    "nbdkitpy.server.ways",
     "nbdkitpy.server.workers",
     "nbdkitpy.stack",
     "nbdkitpy_plugins",

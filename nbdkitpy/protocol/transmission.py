@@ -43,9 +43,6 @@ _LARGE_BUFFER = 256 << 10
 #: one: see :mod:`nbdkitpy.protocol.buffers`.
 _BESIDE_PAGE = 64
 
-#: Of a payload that lacks so many bytes, all are worth waiting for at once.
-_MUCH = 16 << 10
-
 _CHOSEN_CONTEXT = struct.Struct(">QI")  # payload of a BLOCK_STATUS that chooses one context: effect length, context id
 
 # Plain numbers: comparing with members of an enum takes many times as long.
@@ -180,8 +177,6 @@ class Transmission:
         self._skipping = 0
         self._skipped_for: Refusal | None = None
 
-        #: Whether :meth:`buffer`, when last asked, is to be filled to its end: nothing can be done before it is.
-        self.wants_all = False
         #: Nothing more is taken from the client: carry out what came before, then close.
         self.finished = False
         #: Why, if that is not because the client said DISC.
@@ -194,8 +189,7 @@ class Transmission:
 
     def buffer(self) -> memoryview:
         """Return where the next bytes from the client go; it is never empty. Payloads given out before end here."""
-        self.wants_all = self._landing is not None
-        if self.wants_all:
+        if self._landing is not None:
             return self._own_view()
         size = len(self._view)
         if self._start == self._end:
@@ -209,11 +203,7 @@ class Transmission:
             left = self._end - self._start
             self._view[:left] = self._view[self._start : self._end]
             self._start, self._end = 0, left
-        missing = self._start + self._needed - self._end
-        if missing < _MUCH:
-            return self._view[self._end :]
-        self.wants_all = True
-        return self._view[self._end : self._end + missing]
+        return self._view[self._end :]
 
     def _first_view(self) -> memoryview:
         if not self._has_landed:

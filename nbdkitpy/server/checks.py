@@ -46,9 +46,12 @@ def checked_range(found: object) -> FileRange:
         TypeError: it is no pair of integers.
         ValueError: they cannot be a file descriptor and a position.
     """
-    if not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(number, int) for number in found):
+    if type(found) is FileRange and type(found.fd) is type(found.position) is int:
+        where = found  # what it nearly always is
+    elif not isinstance(found, tuple) or len(found) != 2 or not all(isinstance(number, int) for number in found):
         raise TypeError(f"file_range must return a FileRange or None, not {found!r}")
-    where = FileRange(*found)
+    else:
+        where = FileRange(*found)
     if not (0 <= where.fd <= _MAX_FD and 0 <= where.position <= _MAX_POSITION):
         raise ValueError(f"file_range must return a file descriptor and a position, not {found!r}")
     return where

@@ -118,7 +118,7 @@ class Engine:
             OSError: the connection broke.
         """
         transmission = self._transmission
-        receive_into, receive_all = self._transport.receive_into, self._transport.receive_all
+        receive_into = self._transport.receive_into
         patience = min(_QUIET, self._idle_timeout or _QUIET)
         self._transport.set_patience(patience)
         try:
@@ -127,8 +127,7 @@ class Engine:
             waits = 0
             while not transmission.finished:
                 try:
-                    room = transmission.buffer()
-                    count = receive_all(room) if transmission.wants_all else receive_into(room)
+                    count = receive_into(transmission.buffer())
                 except BlockingIOError:
                     waits += 1
                     self._rest()
@@ -203,8 +202,10 @@ class Engine:
                     header = success(cookie, offset)
                     pieces.append(header)
                     batch.size += len(header)
-                else:
+                elif command != _READ:
                     self._dispatch(request)
+                elif not reads.at_once(request):
+                    self._have_done(request)
             except BaseException as error:
                 batch.append([self._commands.failure(request, error)])
         if self._transmission.refusals:
@@ -227,13 +228,10 @@ class Engine:
     # --- who carries out what ---
 
     def _dispatch(self, request: Request) -> None:
-        """Carry out a request here if that is quick, else have a worker do it."""
+        """Carry out a request that is no READ here if that is quick, else have a worker do it."""
         verb, command = VERBS[request.command], request.command
         durable = request.flags & _WIRE_FUA
-        if command == _READ:
-            if not self._reads.at_once(request):
-                self._have_done(request)
-        elif verb in self._inline and not (durable and "flush" not in self._inline):
+        if verb in self._inline and not (durable and "flush" not in self._inline):
             self._batch.append(self._commands.perform(request))
         else:
             self._schedule(request, self._paces[Command.FLUSH if durable else command])

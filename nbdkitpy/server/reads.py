@@ -14,15 +14,16 @@ from nbdkitpy.protocol.transmission import Request
 from nbdkitpy.server.batch import ROOM, Batch
 from nbdkitpy.server.checks import checked_data, checked_range
 from nbdkitpy.server.commands import Commands, is_hole
+from nbdkitpy.server.ways import Ways
 from nbdkitpy.server.workers import Pace
 
 __all__ = ["Reads"]
 
 T = TypeVar("T")
 
-#: Reads of more bytes are sent straight from the file, if the handle can name one. To copy less than that, in memory
-#: that stays in the processor's cache, costs no more than the calls that it takes to avoid it.
-_COPIED = ROOM // 2
+#: Reads up to this length are copied, in memory that stays in the processor's cache: that costs no more than the calls
+#: that it takes to avoid it. Larger ones may be sent straight from the file, if the handle can name one.
+_COPIED = 32 << 10
 
 
 class Reads:
@@ -65,6 +66,7 @@ class Reads:
         if self._inline:
             self.into = None
         self._file_range = None if locked else handle.file_range
+        self._ways = Ways()
         #: Reads up to this length have nothing to gain from :meth:`at_once`, if they have no flags.
         self.plain = ROOM if self._file_range is None else _COPIED
         if commands.sparse is not None:
@@ -124,6 +126,8 @@ class Reads:
         """Answer a large read by sending a part of a file, if the handle says where it lies."""
         _, _, cookie, offset, length, _ = request
         if length <= _COPIED or self._file_range is None:
+            return False
+        if length <= ROOM and self.into is not None and not self._ways.from_file(length):
             return False
         found = self._file_range(length, offset)
         if found is None:

@@ -155,8 +155,6 @@ class TlsTransport:
                 return 0
             raise ConnectionAbortedError(errno.ECONNABORTED, "it ended without TLS's close_notify")
 
-    receive_all = receive_into  # which may return with less
-
     def _decrypt_into(self, buffer: memoryview) -> int | None:
         """Return how many bytes there were; 0 at the end of what TLS protects, None if more has to be received."""
         filled = 0

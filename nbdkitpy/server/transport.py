@@ -55,7 +55,6 @@ class Stream(Protocol):
 
     @property
     def receive_into(self) -> Callable[[memoryview], int]: ...
-    def receive_all(self, buffer: memoryview) -> int: ...
     def set_patience(self, seconds: float) -> None: ...
     def send(self, pieces: Sequence[Buffer], *, more: bool = False) -> None: ...
     def send_file(self, fd: int, position: int, count: int) -> int: ...
@@ -86,10 +85,6 @@ class SocketTransport:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BUFFER)
         #: Fill a buffer with what has arrived; 0 at the end. Raises BlockingIOError after :meth:`set_patience`.
         self.receive_into = sock.recv_into
-
-    def receive_all(self, buffer: memoryview) -> int:
-        """As :attr:`receive_into`, but wait until the buffer is full; with less, that is all there was."""
-        return self._socket.recv_into(buffer, 0, socket.MSG_WAITALL)
 
     def set_patience(self, seconds: float) -> None:
         """Have receiving give up with BlockingIOError after so long, at no cost to each call; 0 is never."""
