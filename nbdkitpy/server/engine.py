@@ -118,16 +118,16 @@ class Engine:
             OSError: the connection broke.
         """
         transmission = self._transmission
-        receive_into = self._transport.receive_into
+        receive_into, receive_soon = self._transport.receive_into, self._transport.receive_soon
         patience = min(_QUIET, self._idle_timeout or _QUIET)
         self._transport.set_patience(patience)
         try:
             for requests in transmission.feed(received):
                 self._serve(requests)
-            waits = 0
+            waits, receive = 0, receive_into
             while not transmission.finished:
                 try:
-                    count = receive_into(transmission.buffer())
+                    count = receive(transmission.buffer())
                 except BlockingIOError:
                     waits += 1
                     self._rest()
@@ -137,7 +137,9 @@ class Engine:
                 if not count:
                     break
                 waits = 0
-                self._serve(transmission.received(count))
+                requests = transmission.received(count)
+                self._serve(requests)
+                receive = receive_soon if len(requests) < 2 else receive_into
         finally:
             self._budget.wait_until_unused()
             self._workers.stop()

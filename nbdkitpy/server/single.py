@@ -83,6 +83,8 @@ class PipeTransport:
             else:
                 raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
+    receive_soon = receive_into
+
     def set_patience(self, seconds: float) -> None:
         """Have receiving give up with BlockingIOError after so long; 0 is never."""
         self._patience = seconds * 1000 or None

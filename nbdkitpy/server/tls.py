@@ -195,6 +195,8 @@ class TlsTransport:
             self._received = memoryview(bytearray(2 * count))
         return bool(count)
 
+    receive_soon = receive_into
+
     def set_patience(self, seconds: float) -> None:
         """Have receiving give up with BlockingIOError after so long; 0 is never."""
         self._raw.set_patience(seconds)

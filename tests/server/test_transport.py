@@ -426,3 +426,41 @@ def test_patience_can_be_set_on_vsock_too() -> None:
 
     assert sock.fileno() >= 0
     transport.close()
+
+
+class Looking:
+    """In place of receiving: takes note of the flags, and has something for who waits, after so many seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.flags: list[int] = []
+        self.takes = 0.0
+        self.now = 0.0
+        monkeypatch.setattr("nbdkitpy.server.transport.time.perf_counter", lambda: self.now)
+
+    def __call__(self, buffer: memoryview, count: int = 0, flags: int = 0) -> int:
+        self.flags.append(flags)
+        if flags:
+            raise BlockingIOError
+        self.now += self.takes
+        return 4
+
+
+def test_who_waits_for_replies_and_is_quick_is_looked_out_for(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    transport, _ = pair
+    transport.receive_into = looking = Looking(monkeypatch)  # type: ignore[assignment]
+    buffer = memoryview(bytearray(10))
+
+    assert transport.receive_soon(buffer) == 4
+    looking.takes = 0.001
+    assert transport.receive_soon(buffer) == 4
+    assert transport.receive_soon(buffer) == 4
+
+    assert looking.flags == [0, *[socket.MSG_DONTWAIT] * 30, 0, 0]
+
+
+def test_what_comes_while_it_is_looked_out_for_is_taken_at_once(pair: Pair) -> None:
+    transport, client = pair
+    buffer = memoryview(bytearray(10))
+    for _ in range(3):
+        client.socket.sendall(b"more")
+        assert transport.receive_soon(buffer) == 4
