@@ -25,6 +25,9 @@ T = TypeVar("T")
 #: that it takes to avoid it. Larger ones may be sent straight from the file, if the handle can name one.
 _COPIED = 32 << 10
 
+#: Up to this length which way is better is found out; nbdcopy's reads, of 256 KiB, are fastest from the file.
+_EITHER = 128 << 10
+
 
 class Reads:
     """Answers reads in the thread that receives them, or says that they have to wait.
@@ -127,7 +130,7 @@ class Reads:
         _, _, cookie, offset, length, _ = request
         if length <= _COPIED or self._file_range is None:
             return False
-        if length <= ROOM and self.into is not None and not self._ways.from_file(length):
+        if length <= _EITHER and self.into is not None and not self._ways.from_file(length):
             return False
         found = self._file_range(length, offset)
         if found is None:

@@ -35,20 +35,23 @@ class Ways:
         self._trying = False
         self._rates = {True: 0.0, False: 0.0}  # bytes per second, by whether they came from the file
         self._windows = _WINDOWS_TO_TRIAL - 1
-        self._bytes = 0
-        self._begin = time.perf_counter()
+        self._bytes = 0  # in this window
+        self._begin = 0.0  # of it
 
     def from_file(self, length: int) -> bool:
         """Tell which way the next `length` bytes should go."""
+        if not self._bytes:  # not before, when the client may have had nothing to ask for
+            self._begin = time.perf_counter()
         self._bytes += length
-        if self._bytes >= _WINDOW:
-            self._look()
+        if self._bytes > _WINDOW:
+            self._look(length)
         return self._from_file
 
-    def _look(self) -> None:
+    def _look(self, length: int) -> None:
+        """End the window before the next `length` bytes, with which another one begins."""
         now = time.perf_counter()
-        seconds, size = now - self._begin, self._bytes
-        self._begin, self._bytes = now, 0
+        seconds, size = now - self._begin, self._bytes - length
+        self._begin, self._bytes = now, length
         if seconds >= _PAUSE:
             return
         self._rates[self._from_file] = max(size / max(seconds, 1e-9), _FORGOTTEN * self._rates[self._from_file])
