@@ -111,9 +111,6 @@ class _Bare:
     def __eq__(self, other: object) -> bool:
         return type(other) is type(self)
 
-    def __hash__(self) -> int:
-        return hash(type(self))
-
 
 class ListExports(_Bare):
     """Find the exports and answer by `exports_listed` or `list_refused`."""

@@ -823,6 +823,60 @@ def test_extents_that_do_not_cover_the_range_are_not_relied_upon(serve: Serve) -
     assert not reply.holes
 
 
+class SparseLarge(SparseFile, Cached):
+    """Has more data at once than are copied at once."""
+
+    step = 65536
+
+
+@CHUNKED
+def test_large_data_between_holes_are_sent_from_the_file(style: Style, serve: Serve) -> None:
+    client, disk, _ = serve(SparseLarge, style)
+
+    reply = client.call(Command.READ, 0, SIZE)
+
+    assert reply.data == disk.store
+    assert len(reply.holes) == 8
+    assert not [call for call in disk.calls if call[0] == "pread"]
+    assert not disk.tried
+
+
+@CHUNKED
+def test_large_data_between_holes_that_are_not_all_at_hand_go_to_a_worker(style: Style, serve: Serve) -> None:
+    class Partly(SparseLarge):
+        def _file_range(self, count: int, offset: int) -> FileRange | None:
+            return super()._file_range(count, offset) if offset < SIZE // 2 else None
+
+    client, disk, solo = serve(Partly, style)
+
+    assert client.call(Command.READ, 0, SIZE).data == disk.store
+    assert by_session(disk, solo)[1:] == [False] * 9  # it asks for the holes once more
+
+
+@CHUNKED
+def test_large_data_between_holes_go_to_a_worker_if_there_is_no_file(style: Style, serve: Serve) -> None:
+    class NoFile(SparseLarge):
+        def __init__(self, plugin: Disks) -> None:
+            super().__init__(plugin)
+            self.file_range = None
+
+    client, disk, solo = serve(NoFile, style)
+
+    assert client.call(Command.READ, 0, SIZE).data == disk.store
+    assert by_session(disk, solo)[1:] == [False] * 9
+
+
+@CHUNKED
+def test_a_file_that_becomes_shorter_ends_a_read_with_holes(style: Style, serve: Serve) -> None:
+    client, disk, _ = serve(SparseLarge, style)
+    os.truncate(disk.fd, SIZE // 2)
+
+    reply = client.call(Command.READ, 0, SIZE)
+
+    assert (reply.error, reply.text) == (NbdError.EIO, "the file has become shorter")
+    assert client.read(65536, 100) == CONTENT[65536:][:100]
+
+
 @CHUNKED
 def test_a_read_with_holes_whose_data_would_wait_goes_to_a_worker(style: Style, serve: Serve) -> None:
     class Half(SparseInline, Cached):
