@@ -48,6 +48,13 @@ class Replies(abc.ABC):
     def data(self, cookie: int, offset: int, length: int) -> bytes:
         """Return what stands before the `length` bytes (at least 1) of a READ that is answered whole."""
 
+    #: Bytes of what :meth:`data` returns.
+    data_size: int
+
+    @abc.abstractmethod
+    def put_data(self, buffer: memoryview, at: int, cookie: int, offset: int, length: int) -> None:
+        """Put what :meth:`data` returns into a buffer, from there on."""
+
     def part(self, cookie: int, offset: int, start: int, length: int) -> bytes:
         """Return what stands before the `length` bytes from `start` on, a part of a READ after which more follows."""
         raise NotImplementedError("simple replies have no parts")
@@ -79,6 +86,11 @@ class SimpleReplies(Replies):
     def data(self, cookie: int, offset: int, length: int) -> bytes:
         return SIMPLE_REPLY.pack(_SIMPLE_MAGIC, 0, cookie)
 
+    data_size = SIMPLE_REPLY.size
+
+    def put_data(self, buffer: memoryview, at: int, cookie: int, offset: int, length: int) -> None:
+        SIMPLE_REPLY.pack_into(buffer, at, _SIMPLE_MAGIC, 0, cookie)
+
 
 class StructuredReplies(Replies):
     """After STRUCTURED_REPLY: chunks with a header of 20 bytes.
@@ -94,6 +106,11 @@ class StructuredReplies(Replies):
 
     def data(self, cookie: int, offset: int, length: int) -> bytes:
         return _CHUNK_WITH_OFFSET.pack(_STRUCTURED_MAGIC, _DONE, _OFFSET_DATA, cookie, length + 8, offset)
+
+    data_size = _CHUNK_WITH_OFFSET.size
+
+    def put_data(self, buffer: memoryview, at: int, cookie: int, offset: int, length: int) -> None:
+        _CHUNK_WITH_OFFSET.pack_into(buffer, at, _STRUCTURED_MAGIC, _DONE, _OFFSET_DATA, cookie, length + 8, offset)
 
     def part(self, cookie: int, offset: int, start: int, length: int) -> bytes:
         return _CHUNK_WITH_OFFSET.pack(_STRUCTURED_MAGIC, 0, _OFFSET_DATA, cookie, length + 8, start)
@@ -125,6 +142,13 @@ class ExtendedReplies(Replies):
 
     def data(self, cookie: int, offset: int, length: int) -> bytes:
         return _EXTENDED_WITH_OFFSET.pack(_EXTENDED_MAGIC, _DONE, _OFFSET_DATA, cookie, offset, length + 8, offset)
+
+    data_size = _EXTENDED_WITH_OFFSET.size
+
+    def put_data(self, buffer: memoryview, at: int, cookie: int, offset: int, length: int) -> None:
+        _EXTENDED_WITH_OFFSET.pack_into(
+            buffer, at, _EXTENDED_MAGIC, _DONE, _OFFSET_DATA, cookie, offset, length + 8, offset
+        )
 
     def part(self, cookie: int, offset: int, start: int, length: int) -> bytes:
         return _EXTENDED_WITH_OFFSET.pack(_EXTENDED_MAGIC, 0, _OFFSET_DATA, cookie, offset, length + 8, start)

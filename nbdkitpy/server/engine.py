@@ -175,24 +175,23 @@ class Engine:
     def _serve(self, requests: list[Request]) -> None:
         """Carry out requests, or have it done, and send what replies there are."""
         batch, reads, data_header = self._batch, self._reads, self._replies.data
-        pieces, take, into, read_now, plain = batch.pieces, batch.take, reads.into, reads.now, reads.plain
+        pieces, copy, read_now, plain = batch.pieces, reads.copy, reads.now, reads.plain
         write_now, success = self._write_now, self._replies.success
         for request in requests:
             command, flags, cookie, offset, length, payload = request
             # The common cases, spelt out: small reads, and writes, that do not have to wait.
             try:
                 if command == _READ and not flags and length <= plain:
-                    data: Buffer | None
-                    if into is not None:
-                        view = take(length)
-                        data = view if into(view, offset) else None
-                    else:
-                        data = read_now(length, offset)
-                        if data is not None and not (type(data) is bytes and len(data) == length):
-                            data = checked_data(data, length)
+                    if copy is not None:
+                        if not copy(cookie, offset, length):
+                            self._have_done(request)
+                        continue
+                    data = read_now(length, offset)
                     if data is None:
                         self._have_done(request)
                         continue
+                    if not (type(data) is bytes and len(data) == length):
+                        data = checked_data(data, length)
                     header = data_header(cookie, offset, length)
                     pieces.append(header)
                     pieces.append(data)
@@ -210,10 +209,12 @@ class Engine:
                     self._have_done(request)
             except BaseException as error:
                 batch.append([self._commands.failure(request, error)])
+        if reads.run:
+            for request in reads.finish():
+                self._have_done(request)
         if self._transmission.refusals:
             self._answer_refusals()
-        if pieces:
-            batch.send()
+        batch.send()
 
     def _answer_refusals(self) -> None:
         refusals, self._transmission.refusals = self._transmission.refusals, []

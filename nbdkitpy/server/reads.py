@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,7 @@ from nbdkitpy.protocol.transmission import Request
 from nbdkitpy.server.batch import ROOM, Batch
 from nbdkitpy.server.checks import checked_data, checked_range
 from nbdkitpy.server.commands import Commands, is_hole
+from nbdkitpy.server.sender import FilePart
 from nbdkitpy.server.ways import Ways
 from nbdkitpy.server.workers import Pace
 
@@ -27,6 +29,9 @@ _COPIED = 32 << 10
 
 #: Up to this length which way is better is found out; nbdcopy's reads, of 256 KiB, are fastest from the file.
 _EITHER = 128 << 10
+
+#: So many bytes are asked for in one call where reads follow each other in a file.
+_LONGEST_RUN = 1 << 20
 
 
 class Reads:
@@ -63,13 +68,18 @@ class Reads:
         self._pace = pace
         self._alone = alone
         self._asks_at_once = alone or "extents" in handle.inline
-        #: Fill a buffer from an offset on, and return whether that was possible without waiting.
-        self.into: Callable[[memoryview, int], bool] | None = None if locked or alone else handle.pread_into
         self._inline = "pread" in handle.inline
-        if self._inline:
-            self.into = None
+        #: Fill a buffer from an offset on, and return whether that was possible without waiting.
+        self._into = None if locked or alone or self._inline else handle.pread_into
+        #: Answer a read of up to :data:`~nbdkitpy.server.batch.ROOM` bytes; False if it has to wait. Takes its cookie,
+        #: offset and length.
+        self.copy = None if self._into is None else _copier(self._into, replies, batch)
         self._file_range = None if locked else handle.file_range
         self._ways = Ways()
+        #: Reads that follow each other, to be sent from the file together, and where the next one would begin.
+        self.run: list[Request] = []
+        self._run_end = 0
+        self._waiting: list[Request] = []  # reads of earlier runs that turned out to have to wait
         #: Reads up to this length have nothing to gain from :meth:`at_once`, if they have no flags.
         self.plain = ROOM if self._file_range is None else _COPIED
         if commands.sparse is not None:
@@ -83,6 +93,8 @@ class Reads:
     def at_once(self, request: Request) -> bool:
         """Answer a read, of whatever kind, if that can be done without waiting.
 
+        It may be put off until :meth:`finish` is called, which has to be done as long as there is a :attr:`run`.
+
         Raises:
             Exception: the backend's. Nothing has been sent.
         """
@@ -93,24 +105,23 @@ class Reads:
             holes = self._commands.holes(request)
         if holes is not None:
             return self._pieces(request, holes)
-        return self._from_file(request) or self._whole(request)
+        if not self._comes_from_file(request.length):
+            return self._whole(request)
+        if self.run and (request.offset != self._run_end or self._run_end - self.run[0].offset >= _LONGEST_RUN):
+            self._send_run()
+        self.run.append(request)
+        self._run_end = request.offset + request.length
+        return True
 
     def _whole(self, request: Request) -> bool:
         _, _, cookie, offset, length, _ = request
-        data = self._data(length, offset)
+        if self.copy is not None:
+            return length <= ROOM and self.copy(cookie, offset, length)
+        data = self.now(length, offset)
         if data is None:
             return False
-        self._batch.append([self._replies.data(cookie, offset, length), data])
+        self._batch.append([self._replies.data(cookie, offset, length), checked_data(data, length)])
         return True
-
-    def _data(self, length: int, offset: int) -> Buffer | None:
-        if self.into is None:
-            data = self.now(length, offset)
-            return None if data is None else checked_data(data, length)
-        if length > ROOM:
-            return None
-        view = self._batch.take(length)
-        return view if self.into(view, offset) else None
 
     def _paced(self, count: int, offset: int) -> Buffer | None:
         if not self._pace.quick:
@@ -125,26 +136,60 @@ class Reads:
 
     # --- from a file ---
 
-    def _from_file(self, request: Request) -> bool:
-        """Answer a large read by sending a part of a file, if the handle says where it lies."""
-        _, _, cookie, offset, length, _ = request
+    def _comes_from_file(self, length: int) -> bool:
+        """Tell whether a read is to be sent by sending a part of a file, if the handle says where it lies."""
         if length <= _COPIED or self._file_range is None:
             return False
-        if length <= _EITHER and self.into is not None and not self._ways.from_file(length):
-            return False
-        found = self._file_range(length, offset)
-        if found is None:
-            return False
-        where = checked_range(found)
-        replies, batch = self._replies, self._batch
+        return length > _EITHER or self.copy is None or self._ways.from_file(length)
+
+    def finish(self) -> list[Request]:
+        """Answer the reads that were put off, and return those of them that have to wait."""
+        self._send_run()
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+    def _send_run(self) -> None:
+        run, self.run = self.run, []
+        where = None
+        if len(run) > 1:
+            with contextlib.suppress(BaseException):  # it comes again when they are asked for one by one
+                where = self._find(self._run_end - run[0].offset, run[0].offset)
+        if where is not None:
+            self._send_from_file(where, run)
+            return
+        for request in run:
+            self._send_one(request)
+
+    def _send_one(self, request: Request) -> None:
+        try:
+            where = self._find(request.length, request.offset)
+            if where is not None:
+                self._send_from_file(where, [request])
+            elif not self._whole(request):
+                self._waiting.append(request)
+        except BaseException as error:
+            self._batch.append([self._commands.failure(request, error)])
+
+    def _find(self, count: int, offset: int) -> FileRange | None:
+        found = None if self._file_range is None else self._file_range(count, offset)
+        return None if found is None else checked_range(found)
+
+    def _send_from_file(self, where: FileRange, run: Sequence[Request]) -> None:
+        """Send the data of reads that follow each other, the first of which lie there."""
+        replies, shift = self._replies, where.position - run[0].offset
         if not replies.chunked:
-            batch.send_file(replies.data(cookie, offset, length), where, length, None)
-            return True
+            whole = [
+                FilePart(replies.data(cookie, offset, length), offset + shift, length, b"")
+                for _, _, cookie, offset, length, _ in run
+            ]
+            self._batch.send_files(where.fd, whole, None)
+            return
         # DONE may not stand on a chunk that can still fail ("Structured reply flags"), hence one more chunk.
-        header = replies.part(cookie, offset, offset, length)
-        if batch.send_file(header, where, length, lambda missing: self._too_short(request, missing)):
-            batch.append([replies.end(cookie, offset)])
-        return True
+        parts = [
+            FilePart(replies.part(cookie, offset, offset, length), offset + shift, length, replies.end(cookie, offset))
+            for _, _, cookie, offset, length, _ in run
+        ]
+        self._batch.send_files(where.fd, parts, lambda index, missing: self._too_short(run[index], missing))
 
     def _too_short(self, request: Request, missing: int) -> list[Buffer]:
         """What completes a chunk whose file has become shorter: what was announced, and that it is not the data."""
@@ -168,19 +213,45 @@ class Reads:
             header, source = replies.part(cookie, offset, start, count), next(sources)
             if not isinstance(source, FileRange):
                 batch.append([header, source])
-            elif not batch.send_file(header, source, count, lambda missing: self._too_short(request, missing)):
-                return True  # that was the end of the reply
+            else:
+                part = FilePart(header, source.position, count, b"")
+                if not batch.send_files(source.fd, [part], lambda _, missing: self._too_short(request, missing)):
+                    return True  # that was the end of the reply
         batch.append([replies.end(cookie, offset)])
         return True
 
     def _sources(self, extents: list[Extent]) -> Sequence[Buffer | FileRange] | None:
         """Return the data of `extents`, or where they lie, or None if some of them are not at hand."""
-        if self.into is None or self._batch.make_room([extent.length for extent in extents]):
+        if self._into is None or self._batch.make_room([extent.length for extent in extents]):
             return _all(self._data(count, start) for start, count, _ in extents)
-        if self._file_range is None:
-            return None
-        where = _all(self._file_range(count, start) for start, count, _ in extents)
-        return None if where is None else [checked_range(found) for found in where]
+        return _all(self._find(count, start) for start, count, _ in extents)
+
+    def _data(self, length: int, offset: int) -> Buffer | None:
+        if self._into is None:
+            data = self.now(length, offset)
+            return None if data is None else checked_data(data, length)
+        view = self._batch.take(length)
+        return view if self._into(view, offset) else None
+
+
+def _copier(into: Callable[[memoryview, int], bool], replies: Replies, batch: Batch) -> Callable[[int, int, int], bool]:
+    head, put_head = replies.data_size, replies.put_data
+
+    def copy(cookie: int, offset: int, length: int) -> bool:
+        start = batch.used + head
+        end = start + length
+        if end > batch.limit:
+            batch.renew()
+            start = batch.used + head
+            end = start + length
+        memory = batch.memory
+        if not into(memory[start:end], offset):
+            return False
+        put_head(memory, batch.used, cookie, offset, length)
+        batch.used = end
+        return True
+
+    return copy
 
 
 def _all(found: Iterable[T | None]) -> list[T] | None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from nbdkitpy.backend import Buffer, FileRange
+from nbdkitpy.backend import Buffer
 from nbdkitpy.server.transport import Stream
 
-__all__ = ["Budget", "Sender"]
+__all__ = ["Budget", "FilePart", "Sender"]
 
 
 class Budget:
@@ -43,6 +44,15 @@ class Budget:
             self._changed.wait_for(lambda: not self._used)
 
 
+class FilePart(NamedTuple):
+    """A message whose data lie in a file: `length` bytes from `position` on, between its head and its tail."""
+
+    head: bytes
+    position: int
+    length: int
+    tail: bytes
+
+
 class Sender:
     """Sends the replies of one connection: those of the thread that reads requests, and those of its workers.
 
@@ -64,33 +74,43 @@ class Sender:
         if self._queue:
             self._send_queued()
 
-    def send_file(
+    def send_files(
         self,
         pieces: Sequence[Buffer],
-        where: FileRange,
-        count: int,
-        if_short: Callable[[int], Sequence[Buffer]] | None,
-    ) -> bool:
-        """Send `pieces`, the last of which announces `count` bytes, and those bytes from a file.
+        fd: int,
+        parts: Sequence[FilePart],
+        if_short: Callable[[int, int], Sequence[Buffer]] | None,
+    ) -> bytes | None:
+        """Send `pieces`, whole messages, and then at least one whose data lie in a file.
 
-        If the file has become shorter, the message is finished by what `if_short` returns for the number of bytes
-        that are missing, and the answer is False; without `if_short` the connection is broken, as there is no other
-        way to say it.
+        If the file has become shorter, the message is finished by what `if_short` returns for the index of the part
+        and the number of bytes that are missing; without `if_short` the connection is broken, as there is no other way
+        to say it.
+
+        Returns:
+            The tail of the last message, which has not been sent, so that it can go with what follows; None if that
+            message was cut short.
         """
         with self._lock:
-            missing = 0 if self.broken else self._send_file(pieces, where, count)
-            if missing and if_short is not None:
-                self._send(if_short(missing))
-            elif missing:
-                self._break()
+            if pieces:
+                self._send(pieces, more=True)
+            tail: bytes | None = b""
+            for index, part in enumerate(parts):
+                missing = 0 if self.broken else self._send_part(tail or b"", fd, part)
+                tail = part.tail
+                if missing:
+                    tail = None
+                    if if_short is None:
+                        self._break()
+                    else:
+                        self._send(if_short(index, missing))
         self._send_queued()
-        return not missing
+        return tail
 
-    def _send_file(self, pieces: Sequence[Buffer], where: FileRange, count: int) -> int:
+    def _send_part(self, before: bytes, fd: int, part: FilePart) -> int:
         """Return how many bytes the file did not have."""
         try:
-            self._transport.send(pieces, more=True)
-            return count - self._transport.send_file(where.fd, where.position, count)
+            return part.length - self._transport.send_file(before + part.head, fd, part.position, part.length)
         except OSError:
             self._break()
             return 0
@@ -115,11 +135,11 @@ class Sender:
                 self._lock.release()
                 self._budget.give(cost)
 
-    def _send(self, pieces: Sequence[Buffer]) -> None:
+    def _send(self, pieces: Sequence[Buffer], *, more: bool = False) -> None:
         if self.broken:
             return
         try:
-            self._transport.send(pieces)
+            self._transport.send(pieces, more=more)
         except OSError:
             self._break()
 

@@ -106,12 +106,13 @@ class PipeTransport:
                 continue
             _drop(left, sent)
 
-    def send_file(self, fd: int, position: int, count: int) -> int:
-        """Send `count` bytes of a file, and return how many went: fewer only if no more can be had of the file.
+    def send_file(self, head: bytes, fd: int, position: int, count: int) -> int:
+        """Send `head`, then `count` bytes of a file; return how many of these went: fewer if the file has no more.
 
         Raises:
             OSError: the client cannot be reached any more.
         """
+        self.send([head], more=True)
         return send_by_reading(self.send, fd, position, count)
 
     def send_now(self, data: bytes) -> None:

@@ -64,7 +64,7 @@ class Stream(Protocol):
     def receive_soon(self, buffer: memoryview) -> int: ...
     def set_patience(self, seconds: float) -> None: ...
     def send(self, pieces: Sequence[Buffer], *, more: bool = False) -> None: ...
-    def send_file(self, fd: int, position: int, count: int) -> int: ...
+    def send_file(self, head: bytes, fd: int, position: int, count: int) -> int: ...
     def stop_receiving(self) -> None: ...
     def abort(self) -> None: ...
     def close(self) -> None: ...
@@ -126,6 +126,11 @@ class SocketTransport:
     def send(self, pieces: Sequence[Buffer], *, more: bool = False) -> None:
         """Send all pieces, in order; `more` says that what follows belongs in the same packet."""
         flags = socket.MSG_MORE if more else 0
+        if len(pieces) == 1:
+            sent = self._socket.send(pieces[0], flags)
+            if sent != len(pieces[0]):
+                self._send_rest(pieces, sent)
+            return
         for first in range(0, len(pieces), _MOST_PIECES):
             some = pieces[first : first + _MOST_PIECES] if len(pieces) > _MOST_PIECES else pieces
             sent = self._socket.sendmsg(some, (), flags)
@@ -138,13 +143,17 @@ class SocketTransport:
                 self._socket.sendall(memoryview(piece)[sent:])
             sent = max(0, sent - len(piece))
 
-    def send_file(self, fd: int, position: int, count: int) -> int:
-        """Send `count` bytes of a file, and return how many went: fewer only if no more can be had of the file.
+    def send_file(self, head: bytes, fd: int, position: int, count: int) -> int:
+        """Send `head`, then `count` bytes of a file; return how many of these went: fewer if the file has no more.
 
         Raises:
             OSError: the connection is broken.
         """
-        out = self._socket.fileno()
+        sock = self._socket
+        sent = sock.send(head, socket.MSG_MORE)
+        if sent != len(head):
+            sock.sendall(head[sent:], socket.MSG_MORE)
+        out = sock.fileno()
         left = count
         while left:
             try:

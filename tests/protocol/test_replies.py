@@ -110,6 +110,17 @@ def test_header_of_data(replies: Replies, expected: str) -> None:
     assert replies.data(COOKIE, OFFSET, 3) == bytes.fromhex(expected)
 
 
+@EVERY_STYLE
+def test_header_of_data_may_be_put_before_data_that_is_there(replies: Replies) -> None:
+    buffer = bytearray(b"-" * 100)
+
+    replies.put_data(memoryview(buffer), 10, COOKIE, OFFSET, 3)
+
+    header = replies.data(COOKIE, OFFSET, 3)
+    assert replies.data_size == len(header)
+    assert buffer == b"-" * 10 + header + b"-" * (90 - len(header))
+
+
 @pytest.mark.parametrize(
     ("replies", "expected"),
     [

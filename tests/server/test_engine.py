@@ -592,6 +592,68 @@ def test_large_reads_are_sent_from_the_file(style: Style, serve: Serve) -> None:
         assert replies[large].kinds == [ReplyType.OFFSET_DATA, ReplyType.NONE]
 
 
+def read_in_a_batch(client: NbdClient, *ranges: tuple[int, int]) -> None:
+    """Read ranges (length, offset) in one batch, and see that each has its own data."""
+    with client.batched():
+        cookies = [client.send(Command.READ, offset, length) for length, offset in ranges]
+    replies = client.replies(len(ranges))
+    for cookie, (length, offset) in zip(cookies, ranges):
+        assert replies[cookie].data == CONTENT[offset : offset + length]
+
+
+@ALL_STYLES
+def test_reads_that_follow_each_other_are_looked_for_together(style: Style, serve: Serve) -> None:
+    client, handle, _ = serve(FromFile, style)
+
+    read_in_a_batch(client, (40_000, 0), (50_000, 40_000), (10, 5), (60_000, 90_000), (40_000, 0), (40_000, 50_000))
+
+    assert handle.asked == [(150_000, 0), (40_000, 0), (40_000, 50_000)]
+
+
+def test_not_too_many_are_looked_for_together(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reads, "_LONGEST_RUN", 100_000)
+    client, handle, _ = serve(FromFile)
+
+    read_in_a_batch(client, *((40_000, start) for start in range(0, 200_000, 40_000)))
+
+    assert handle.asked == [(120_000, 0), (80_000, 120_000)]
+
+
+@ALL_STYLES
+@pytest.mark.parametrize("why", [None, OSError(errno.EIO, "too much at once")], ids=repr)
+def test_if_they_are_not_together_each_is_looked_for(why: OSError | None, style: Style, serve: Serve) -> None:
+    class OneByOne(FromFile):
+        def _file_range(self, count: int, offset: int) -> FileRange | None:
+            found = super()._file_range(count, offset)
+            if count == 40_000:
+                return found if offset else None
+            if why is not None:
+                raise why
+            return None
+
+    client, handle, solo = serve(OneByOne, style)
+
+    read_in_a_batch(client, (40_000, 0), (40_000, 40_000))
+
+    assert handle.asked == [(80_000, 0), (40_000, 0), (40_000, 40_000)]
+    assert handle.calls == [("pread", 40_000, 0)]
+    assert by_session(handle, solo) == [True]
+
+
+@CHUNKED
+def test_of_those_that_follow_each_other_one_may_have_become_too_short(style: Style, serve: Serve) -> None:
+    client, handle, _ = serve(FromFile, style)
+    os.truncate(handle.fd, 100_000)
+
+    with client.batched():
+        cookies = [client.send(Command.READ, start, 40_000) for start in (0, 40_000, 80_000, 120_000)]
+    replies = client.replies(4)
+
+    assert handle.asked == [(160_000, 0)]
+    assert [replies[cookie].error for cookie in cookies] == [0, 0, NbdError.EIO, NbdError.EIO]
+    assert [replies[cookie].data for cookie in cookies[:2]] == [CONTENT[:40_000], CONTENT[40_000:80_000]]
+
+
 @CHUNKED
 def test_a_file_can_be_sent_in_one_piece_where_that_is_asked_for(style: Style, serve: Serve) -> None:
     client, handle, _ = serve(FromFile, style)
@@ -1374,7 +1436,7 @@ def test_a_quiet_connection_gives_back_its_workers_and_memory(
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("disks[1].")]
     assert len(engine._transmission._view) <= 8192
     assert not engine._transmission._own_buffer
-    assert engine._batch._memory is None
+    assert not engine._batch.memory
     assert client.read(0, 512) == CONTENT[:512]
 
 

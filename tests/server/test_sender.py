@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nbdkitpy.backend import Buffer, FileRange
-from nbdkitpy.server.sender import Budget, Sender
+from nbdkitpy.backend import Buffer
+from nbdkitpy.server.sender import Budget, FilePart, Sender
 from nbdkitpy.server.transport import SocketTransport
 from tests.nbdclient import PATIENCE, NbdClient
 
@@ -158,9 +158,9 @@ def test_after_a_failure_everything_is_dropped_and_the_receiver_finds_out(record
     recorder.failure = None
     sender.post([b"lost as well"], 5)
     sender.send([b"and this"])
-    sent_file = sender.send_file([b"and a file"], FileRange(-1, 0), 10, None)
+    end = sender.send_files([b"and a file"], -1, [FilePart(b"head", 0, 10, b"tail")], None)
 
-    assert (sender.broken, recorder.aborted, recorder.sent, sent_file) == (True, True, [], True)
+    assert (sender.broken, recorder.aborted, recorder.sent, end) == (True, True, [], b"tail")
     assert budget.unused
 
 
@@ -168,11 +168,11 @@ def test_after_a_failure_everything_is_dropped_and_the_receiver_finds_out(record
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Iterator[FileRange]:
+def file(tmp_path: Path) -> Iterator[int]:
     path = tmp_path / "disk"
     path.write_bytes(b"0123456789")
     with path.open("rb") as disk:
-        yield FileRange(disk.fileno(), 2)
+        yield disk.fileno()
 
 
 @pytest.fixture
@@ -184,42 +184,67 @@ def pair() -> Iterator[tuple[Sender, NbdClient]]:
     theirs.close()
 
 
-def test_a_file_follows_its_header_and_what_was_queued_meanwhile_follows_that(
-    pair: tuple[Sender, NbdClient], file: FileRange
+def test_a_file_follows_its_head_and_what_was_queued_meanwhile_follows_that(
+    pair: tuple[Sender, NbdClient], file: int
 ) -> None:
     sender, client = pair
     sender._budget.take(1)
     sender._queue.append(([b"queued"], 1))
 
-    assert sender.send_file([b"a", b"b"], file, 5, None)
+    assert sender.send_files([b"a", b"b"], file, [FilePart(b"head", 2, 5, b"tail")], None) == b"tail"
 
-    assert client.receive_bytes(13) == b"ab23456queued"
+    assert client.receive_bytes(17) == b"abhead23456queued"
     assert sender._budget.unused
 
 
-def test_a_file_that_is_too_short_is_made_up_for(pair: tuple[Sender, NbdClient], file: FileRange) -> None:
+def test_between_files_stands_the_tail_of_one_and_the_head_of_the_next(
+    pair: tuple[Sender, NbdClient], file: int
+) -> None:
     sender, client = pair
+    parts = [FilePart(b"<a>", 0, 2, b"</a>"), FilePart(b"<b>", 9, 1, b""), FilePart(b"<c>", 3, 3, b"</c>")]
 
-    whole = sender.send_file([b"header"], file, 11, lambda missing: [b"-" * missing, b"error"])
+    assert sender.send_files([], file, parts, None) == b"</c>"
 
-    assert not whole
-    assert client.receive_bytes(22) == b"header23456789---error"
+    assert client.receive_bytes(19) == b"<a>01</a><b>9<c>345"
+
+
+def test_a_file_that_is_too_short_is_made_up_for(pair: tuple[Sender, NbdClient], file: int) -> None:
+    sender, client = pair
+    parts = [FilePart(b"<a>", 8, 4, b"</a>"), FilePart(b"<b>", 0, 2, b"</b>")]
+
+    end = sender.send_files([], file, parts, lambda index, missing: [b"%d:" % index, b"-" * missing])
+
+    assert end == b"</b>"
+    assert client.receive_bytes(14) == b"<a>890:--<b>01"
     assert not sender.broken
 
 
-def test_without_that_the_connection_breaks(pair: tuple[Sender, NbdClient], file: FileRange) -> None:
+def test_after_a_last_one_that_is_too_short_nothing_is_left_to_say(pair: tuple[Sender, NbdClient], file: int) -> None:
     sender, client = pair
 
-    assert not sender.send_file([b"header"], file, 11, None)
+    end = sender.send_files(
+        [], file, [FilePart(b"head", 2, 11, b"tail")], lambda _, missing: [b"-" * missing, b"error"]
+    )
+
+    assert end is None
+    assert client.receive_bytes(20) == b"head23456789---error"
+    assert not sender.broken
+
+
+def test_without_that_the_connection_breaks(pair: tuple[Sender, NbdClient], file: int) -> None:
+    sender, client = pair
+    parts = [FilePart(b"header", 2, 11, b""), FilePart(b"another", 2, 1, b"")]
+
+    sender.send_files([], file, parts, None)
 
     assert client.receive_bytes(14) == b"header23456789"
     assert client.at_end()
     assert sender.broken
 
 
-def test_a_file_for_who_has_left_is_dropped(pair: tuple[Sender, NbdClient], file: FileRange) -> None:
+def test_a_file_for_who_has_left_is_dropped(pair: tuple[Sender, NbdClient], file: int) -> None:
     sender, client = pair
     client.socket.close()
 
-    assert sender.send_file([b"header"], file, 5, None)
+    assert sender.send_files([], file, [FilePart(b"header", 2, 5, b"tail")] * 2, None) == b"tail"
     assert sender.broken

@@ -246,16 +246,16 @@ def test_file_is_sent_as_far_as_it_goes(pipes: Pipes, tmp_path: Path, count: int
     (tmp_path / "file").write_bytes(content)
 
     with (tmp_path / "file").open("rb") as file:
-        thread, results = in_a_thread(lambda: pipes.transport.send_file(file.fileno(), 10, count))
-        assert read_all(pipes.read, sent) == content[10 : 10 + sent]
+        thread, results = in_a_thread(lambda: pipes.transport.send_file(b"head", file.fileno(), 10, count))
+        assert read_all(pipes.read, 4 + sent) == b"head" + content[10 : 10 + sent]
         thread.join(PATIENCE)
 
     assert results == [sent]
 
 
-def test_file_that_cannot_be_read_sends_nothing(pipes: Pipes, tmp_path: Path) -> None:
+def test_file_that_cannot_be_read_sends_nothing_of_it(pipes: Pipes, tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file:
-        assert pipes.transport.send_file(file.fileno(), 0, 10) == 0
+        assert pipes.transport.send_file(b"head", file.fileno(), 0, 10) == 0
 
 
 def test_file_for_a_client_that_is_gone_is_an_error(pipes: Pipes, tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_file_for_a_client_that_is_gone_is_an_error(pipes: Pipes, tmp_path: Path
     os.close(pipes.read)
 
     with (tmp_path / "file").open("rb") as file, pytest.raises(BrokenPipeError):
-        pipes.transport.send_file(file.fileno(), 0, 4)
+        pipes.transport.send_file(b"head", file.fileno(), 0, 4)
 
 
 def test_close_leaves_the_descriptor_as_it_was_for_others() -> None:

@@ -827,13 +827,13 @@ def test_file_is_sent_as_far_as_it_goes(pair: Pair, tmp_path: Path) -> None:
 
     with path.open("rb") as file:
         sender = threading.Thread(
-            target=lambda: sent.append(pair.transport.send_file(file.fileno(), 100, len(content)))
+            target=lambda: sent.append(pair.transport.send_file(b"head", file.fileno(), 100, len(content)))
         )
         sender.start()
-        received = pair.receive(len(content) - 100)
+        received = pair.receive(4 + len(content) - 100)
         sender.join(PATIENCE)
 
-    assert received == content[100:]
+    assert received == b"head" + content[100:]
     assert sent == [len(content) - 100]
 
 

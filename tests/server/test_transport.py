@@ -112,8 +112,7 @@ def test_tcp_does_not_wait_for_more(tcp: Pair) -> None:
 def test_a_part_of_a_file_follows_its_header(network: str, disk: int, request: pytest.FixtureRequest) -> None:
     transport, client = request.getfixturevalue(network)
 
-    transport.send([b"header"], more=True)
-    sent = transport.send_file(disk, 1000, 20000)
+    sent = transport.send_file(b"header", disk, 1000, 20000)
 
     assert sent == 20000
     assert client.receive_bytes(20006) == b"header" + CONTENT[1000:21000]
@@ -123,9 +122,9 @@ def test_a_part_of_a_file_follows_its_header(network: str, disk: int, request: p
 def test_a_file_that_is_too_short_is_sent_as_far_as_it_goes(pair: Pair, disk: int) -> None:
     transport, client = pair
 
-    assert transport.send_file(disk, 60000, 10000) == 5536
-    assert client.receive_bytes(5536) == CONTENT[60000:65536]
-    assert transport.send_file(disk, 70000, 10000) == 0
+    assert transport.send_file(b"a", disk, 60000, 10000) == 5536
+    assert transport.send_file(b"b", disk, 70000, 10000) == 0
+    assert client.receive_bytes(5538) == b"a" + CONTENT[60000:65536] + b"b"
 
 
 @pytest.mark.parametrize("kind", ["directory", "closed"])
@@ -135,7 +134,7 @@ def test_what_is_no_file_has_no_bytes(pair: Pair, kind: str, tmp_path: Path) -> 
     if kind == "closed":
         os.close(fd)
 
-    assert transport.send_file(fd, 0, 100) == 0
+    assert transport.send_file(b"", fd, 0, 100) == 0
 
     if kind != "closed":
         os.close(fd)
@@ -146,7 +145,7 @@ def test_a_file_cannot_be_sent_to_who_has_left(pair: Pair, disk: int) -> None:
     client.socket.close()
 
     with pytest.raises(OSError, match="Broken pipe"):
-        transport.send_file(disk, 0, 100)
+        transport.send_file(b"header", disk, 0, 100)
 
 
 # --- receiving ---
