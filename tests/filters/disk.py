@@ -81,15 +81,31 @@ class DiskMachine(RuleBasedStateMachine):
         """Return the filters, outermost first."""
         raise NotImplementedError
 
-    @initialize()
-    def begin(self) -> None:
+    def prepare(self, data: st.DataObject) -> None:
+        """Draw what the rest depends on."""
+
+    def content(self) -> bytes:
+        """Return what is below the filters at the beginning."""
+        return patchy(self.size)
+
+    def start(self) -> int:
+        """Return where the clients' disk begins in that."""
+        return 0
+
+    @initialize(data=st.data())
+    def begin(self, data: st.DataObject) -> None:
+        self.prepare(data)
         plugin = self.plugin()
         plugin.config_complete()
         self.inner = plugin.open("", False, CLIENT)
-        self.inner.pwrite(memoryview(patchy(self.size)), 0, 0)
+        self.inner.pwrite(memoryview(self.content()), 0, 0)
         self.stack: Stack = make_stack(plugin, self.filters(), NoServer())
-        self.handles = [self.stack.open("", False, CLIENT).handle for _ in range(2)]
-        self.model = bytearray(patchy(self.size)[: self.handles[0].get_size()])
+        opened = [self.stack.open("", False, CLIENT) for _ in range(2)]
+        self.handles = [export.handle for export in opened]
+        self.can = opened[0].capabilities
+        self.fua = Flags.FUA if self.can.can_fua else Flags.NONE
+        start = self.start()
+        self.model = bytearray(self.content()[start : start + self.can.size])
 
     def part(self, data: st.DataObject) -> tuple[Handle, int, int]:
         """Draw a handle and a range."""
@@ -105,20 +121,24 @@ class DiskMachine(RuleBasedStateMachine):
         handle, count, offset = self.part(data)
         content = bytes([byte]) * count
 
-        write(handle, content, offset, flags)
+        write(handle, content, offset, flags & self.fua)
 
         self.model[offset : offset + count] = content
 
     @rule(data=st.data(), fua=st.sampled_from([0, Flags.FUA]), trim=st.sampled_from([0, Flags.MAY_TRIM]))
     def zeroes(self, data: st.DataObject, fua: int, trim: int) -> None:
+        if not self.can.can_zero:
+            return
         handle, count, offset = self.part(data)
 
-        handle.zero(count, offset, fua | trim)
+        handle.zero(count, offset, fua & self.fua | trim)
 
         self.model[offset : offset + count] = bytes(count)
 
     @rule(data=st.data(), trim=st.sampled_from([0, Flags.MAY_TRIM]))
     def zeroes_fast(self, data: st.DataObject, trim: int) -> None:
+        if not self.can.can_fast_zero:
+            return
         handle, count, offset = self.part(data)
         try:
             handle.zero(count, offset, Flags.FAST_ZERO | trim)
@@ -130,9 +150,11 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), flags=st.sampled_from([0, Flags.FUA]))
     def trims(self, data: st.DataObject, flags: int) -> None:
+        if not self.can.can_trim:
+            return
         handle, count, offset = self.part(data)
 
-        handle.trim(count, offset, flags)
+        handle.trim(count, offset, flags & self.fua)
 
         found = bytes(handle.pread(count, offset))
         assert all(now in (0, before) for now, before in zip(found, self.model[offset : offset + count], strict=True))
@@ -153,12 +175,16 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def caches(self, data: st.DataObject) -> None:
+        if not self.can.can_cache:
+            return
         handle, count, offset = self.part(data)
 
         handle.cache(count, offset)
 
     @rule(data=st.data(), flags=st.sampled_from([0, Flags.REQ_ONE]))
     def asks_for_extents(self, data: st.DataObject, flags: int) -> None:
+        if not self.can.can_extents:
+            return
         handle, count, offset = self.part(data)
 
         for start, length, kind in extents(handle, count, offset, flags):
@@ -167,7 +193,8 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule()
     def flushes(self) -> None:
-        self.handles[0].flush()
+        if self.can.can_flush:
+            self.handles[0].flush()
 
     @rule(index=st.integers(0, 1))
     def reconnects(self, index: int) -> None:
