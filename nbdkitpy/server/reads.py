@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -22,6 +23,9 @@ from nbdkitpy.server.workers import Pace
 __all__ = ["Reads"]
 
 T = TypeVar("T")
+
+#: Makes a part of a tuple, in half the time that the class takes to be called.
+_part: Callable[[tuple[bytes, int, int, bytes]], FilePart] = functools.partial(tuple.__new__, FilePart)
 
 #: Reads up to this length are copied, in memory that stays in the processor's cache: that costs no more than the calls
 #: that it takes to avoid it. Larger ones may be sent straight from the file, if the handle can name one.
@@ -179,7 +183,7 @@ class Reads:
         replies, shift = self._replies, where.position - run[0].offset
         if not replies.chunked:
             whole = [
-                FilePart(replies.data(cookie, offset, length), offset + shift, length, b"")
+                _part((replies.data(cookie, offset, length), offset + shift, length, b""))
                 for _, _, cookie, offset, length, _ in run
             ]
             self._batch.send_files(where.fd, whole, None)

@@ -91,29 +91,30 @@ class Sender:
             The tail of the last message, which has not been sent, so that it can go with what follows; None if that
             message was cut short.
         """
+        send_file, tail = self._transport.send_file, b""
         with self._lock:
             if pieces:
                 self._send(pieces, more=True)
-            tail: bytes | None = b""
-            for index, part in enumerate(parts):
-                missing = 0 if self.broken else self._send_part(tail or b"", fd, part)
-                tail = part.tail
+            missing = 0
+            for index, (head, position, length, next_tail) in enumerate(parts):
+                if self.broken:
+                    break
+                try:
+                    missing = length - send_file(tail + head, fd, position, length)
+                except OSError:
+                    self._break()
+                tail = next_tail
                 if missing:
-                    tail = None
-                    if if_short is None:
-                        self._break()
-                    else:
-                        self._send(if_short(index, missing))
+                    tail = b""
+                    self._finish(index, missing, if_short)
         self._send_queued()
-        return tail
+        return None if missing else tail
 
-    def _send_part(self, before: bytes, fd: int, part: FilePart) -> int:
-        """Return how many bytes the file did not have."""
-        try:
-            return part.length - self._transport.send_file(before + part.head, fd, part.position, part.length)
-        except OSError:
+    def _finish(self, index: int, missing: int, if_short: Callable[[int, int], Sequence[Buffer]] | None) -> None:
+        if if_short is None:
             self._break()
-            return 0
+        else:
+            self._send(if_short(index, missing))
 
     def post(self, pieces: Sequence[Buffer], cost: int) -> None:
         """Queue whole messages, and see that they are sent; `cost` is given back to the budget when they are."""
