@@ -72,6 +72,7 @@ OURS = {
     "nbdkitpy.server.starttls",
     "nbdkitpy.server.transport",
     "nbdkitpy.server.uri",
+    "nbdkitpy.server.wakeup",
     "nbdkitpy.server.ways",
     "nbdkitpy.server.workers",
     "nbdkitpy.stack",

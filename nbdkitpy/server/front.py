@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import logging
-import os
 import select
 import socket
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -20,6 +17,7 @@ from nbdkitpy.protocol.constants import TlsMode
 from nbdkitpy.server.listener import Listener, listen
 from nbdkitpy.server.options import ServerOptions, Transport
 from nbdkitpy.server.uri import make_uri
+from nbdkitpy.server.wakeup import Wakeup
 from nbdkitpy.stack import Stack
 
 if TYPE_CHECKING:
@@ -63,14 +61,12 @@ class Front:
         self._stopping = False
         self._aborting = False
         self._calls: deque[Callable[[], object]] = deque()
-        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        for fd in (self._wake_read, self._wake_write):
-            weakref.finalize(self, os.close, fd)  # not in close(), after which a signal may still come
+        self._wakeup = Wakeup()
 
         # What the main loop waits for, and what it does when that can be read.
         self._poll = select.poll()
         self._sources: dict[int, Callable[[], bool]] = {}
-        self._poll.register(self._wake_read, select.POLLIN)
+        self._poll.register(*self._wakeup.watch)
 
     # --- before and after ---
 
@@ -113,7 +109,7 @@ class Front:
     @property
     def wakeup_fd(self) -> int:
         """A descriptor that wakes the main loop up when something is written to it, for signal.set_wakeup_fd."""
-        return self._wake_write
+        return self._wakeup.write_fd
 
     def close(self) -> None:
         """Stop listening, and remove the sockets that were made."""
@@ -158,8 +154,7 @@ class Front:
         self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"\0")
+        self._wakeup.set()
 
     # --- the main loop ---
 
@@ -199,7 +194,7 @@ class Front:
             source = self._sources.get(fd)  # none has the pipe, nor what is not watched any more
             if source is not None and not source():
                 self._take_a_breather()
-        self._drain_wakeups()
+        self._wakeup.clear()
         self._do_what_is_due()
         self._report()
 
@@ -229,12 +224,8 @@ class Front:
     def _take_a_breather(self) -> None:
         """Leave clients in the queue for a moment, as there is no room; but wake up for a shutdown."""
         poll = select.poll()  # select.select cannot take a descriptor of 1024 or more
-        poll.register(self._wake_read, select.POLLIN)
+        poll.register(*self._wakeup.watch)
         poll.poll(_BREATHER * 1000)
-
-    def _drain_wakeups(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, 4096)
 
     def _report(self) -> None:
         """Tell the service manager what it wants to know, when there is something new."""

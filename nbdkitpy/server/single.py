@@ -12,7 +12,6 @@ import stat
 import sys
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from nbdkitpy.server.background import redirect_to_nothing
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.session import Session
 from nbdkitpy.server.transport import SocketTransport, describe_client, send_by_reading, sleep_unless
+from nbdkitpy.server.wakeup import Wakeup
 from nbdkitpy.stack import Stack
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ class PipeTransport:
         self._receiving = receiving
         self._sending = sending
         self._patience: float | None = None  # milliseconds
-        self._stopped = _Event()
-        self._aborted = _Event()
+        self._stopped = Wakeup()
+        self._aborted = Wakeup()
         self._was_blocking = os.get_blocking(sending)
         os.set_blocking(sending, False)  # else nothing could wake up who waits for the client to take replies
 
@@ -148,28 +148,6 @@ class PipeTransport:
             os.close(receiving)
 
 
-class _Event:
-    """A flag that poll can wait for. Threads and signal handlers may set it."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-        self._read, self.write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        #: For :func:`_wait`.
-        self.watch = (self._read, select.POLLIN)
-        for fd in (self._read, self.write_fd):
-            weakref.finalize(self, os.close, fd)  # when nobody can set it any more
-
-    def set(self) -> None:
-        self.is_set = True
-        with contextlib.suppress(BlockingIOError):  # it has been set very often
-            os.write(self.write_fd, b"\0")
-
-    def clear(self) -> None:
-        self.is_set = False
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._read, 4096)
-
-
 def _wait(milliseconds: float | None, *watched: tuple[int, int]) -> set[int]:
     """Wait until one of the descriptors is ready for the events given with it, or is broken; return which are."""
     poll = select.poll()
@@ -211,7 +189,7 @@ class Single:
         self._connection = _take_standard_streams()
 
         # What signal handlers and the session's thread set for the main loop.
-        self._wake = _Event()
+        self._wake = Wakeup()
         self.wakeup_fd = self._wake.write_fd
         self._stopping = False
         self._aborting = False

@@ -286,16 +286,6 @@ def test_close_leaves_the_descriptor_as_it_was_for_others() -> None:
         os.close(fd)
 
 
-def test_events_set_too_often_to_be_written_down_are_still_set() -> None:
-    event = module._Event()
-    with contextlib.suppress(BlockingIOError):
-        while True:
-            os.write(event.write_fd, bytes(4096))
-    event.set()
-
-    assert event.is_set
-
-
 # --- the server, in this process ---
 
 
