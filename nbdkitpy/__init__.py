@@ -1,7 +1,10 @@
 """nbdkitpy: a Network Block Device server toolkit in Python.
 
-Everything that a plugin or a filter needs is here; nothing else of the package is for them.
+Everything that a plugin or a filter needs is here; nothing else of the package is for them. :func:`serve` is for
+programs that serve them.
 """
+
+from typing import TYPE_CHECKING
 
 from nbdkitpy.backend import (
     Backend,
@@ -41,6 +44,19 @@ from nbdkitpy.parameters import (
 )
 from nbdkitpy.ranges import range_of
 
+if TYPE_CHECKING:
+    from nbdkitpy.library import EmbeddedServer, serve
+else:
+
+    def __getattr__(name: str) -> object:
+        # Plugins need none of this, and servers that run plugins have no time for it.
+        if name not in ("EmbeddedServer", "serve"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from nbdkitpy import library
+
+        return getattr(library, name)
+
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -49,6 +65,7 @@ __all__ = [
     "Buffer",
     "Client",
     "ConfigError",
+    "EmbeddedServer",
     "Export",
     "Extent",
     "ExtentType",
@@ -82,4 +99,5 @@ __all__ = [
     "parse_string",
     "range_of",
     "read_password",
+    "serve",
 ]

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 #: Our modules from the top down: each imports only what stands in a line below its own, or belongs to its own package.
 LAYERS = (
     {"testing", "__main__"},
-    {"cli"},
+    {"cli", "library"},
     {"config"},
     {"server", "registry"},
     {"protocol", "stack", ""},  # "" is the package's own __init__.py, for its version
@@ -27,13 +27,15 @@ ONLY_IN = {
     "click": {"cli"},
     "tomli": {"config"},
     "tomllib": {"config"},
-    "socket": {"server", "testing"},
+    "socket": {"library", "server", "testing"},
 }
+#: What our package offers without importing it, which plugins would pay for: only type checkers and functions do that.
+OFFERED = "nbdkitpy.library"
 
 
-def _imports(source: str, path: Path) -> Iterator[str]:
-    """Each module that `source`, which lies at `path` below its root, imports; also those that are imported late."""
-    for node in ast.walk(ast.parse(source)):
+def _imports(tree: ast.AST, path: Path) -> Iterator[str]:
+    """Each module that the file at `path` below its root, parsed, imports; also those that are imported late."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -42,6 +44,22 @@ def _imports(source: str, path: Path) -> Iterator[str]:
             # `from nbdkitpy import stack` imports a module as well, if there is one of that name.
             names = {f"nbdkitpy.{alias.name}" for alias in node.names} if module == "nbdkitpy" else set()
             yield from {name for name in names if _layer(name.split(".")[1]) is not None} or {module}
+
+
+def _without_what_is_late(tree: ast.Module) -> ast.Module:
+    """The file without functions, and without what only type checkers read; not what is in place of that."""
+
+    class Remove(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+        def visit_If(self, node: ast.If) -> ast.AST:
+            if ast.unparse(node.test) == "TYPE_CHECKING":
+                node.body = [ast.Pass()]
+            return self.generic_visit(node)
+
+    removed: ast.Module = Remove().visit(tree)
+    return removed
 
 
 def _layer(part: str) -> int | None:
@@ -59,7 +77,10 @@ def violations(source: str, path: Path) -> list[str]:
     broken = []
     own = path.parts[0]
     part = _part(".".join(path.parts)) if own == "nbdkitpy" else own
-    for name in _imports(source, path):
+    imported = set(_imports(ast.parse(source), path))
+    if not part and OFFERED not in _imports(_without_what_is_late(ast.parse(source)), path):
+        imported.discard(OFFERED)
+    for name in imported:
         top = name.split(".")[0]
         if own != "nbdkitpy":  # plugins and filters
             # Beside its own package a unit has the private modules that some of its distribution share.
@@ -123,6 +144,11 @@ def test_all_three_packages_are_looked_at() -> None:
         ("nbdkitpy/server/launch.py", "from nbdkitpy.config import ServerConfig"),
         ("nbdkitpy/stack.py", "from socket import socket"),
         ("nbdkitpy/unheard_of.py", "import nbdkitpy.backend"),
+        ("nbdkitpy/__init__.py", "from nbdkitpy.library import serve"),
+        ("nbdkitpy/__init__.py", "if TYPE_CHECKING:\n    pass\nelse:\n    from nbdkitpy import library"),
+        ("nbdkitpy/__init__.py", "def late():\n    from nbdkitpy import cli"),
+        ("nbdkitpy/library/__init__.py", "from nbdkitpy.cli import main"),
+        ("nbdkitpy/config/file.py", "def late():\n    from nbdkitpy import library"),
         ("nbdkitpy_plugins/memory/__init__.py", "from nbdkitpy.backend import Handle"),
         ("nbdkitpy_plugins/memory/__init__.py", "from nbdkitpy import stack"),
         ("nbdkitpy_plugins/memory/__init__.py", "import nbdkitpy_plugins.file"),
@@ -142,6 +168,9 @@ def test_planted_violation_is_found(path: str, source: str) -> None:
     ("path", "source"),
     [
         ("nbdkitpy/__init__.py", "from nbdkitpy.backend import Handle"),
+        ("nbdkitpy/__init__.py", "if TYPE_CHECKING:\n    from nbdkitpy.library import serve"),
+        ("nbdkitpy/__init__.py", "def late():\n    from nbdkitpy import library"),
+        ("nbdkitpy/library/life.py", "from nbdkitpy.config.units import configure\nfrom .. import registry"),
         (
             "nbdkitpy/cli/__init__.py",
             "import click\nfrom nbdkitpy import __version__\nfrom nbdkitpy.server import service",

@@ -9,6 +9,7 @@ import pytest
 
 from nbdkitpy import ConfigError, Parameter, Plugin, parse_size, parse_string
 from nbdkitpy.config import DebugFlag, ServerConfig, parse_debug_flag, read_words, split_word, with_keys
+from nbdkitpy.config.words import as_text
 
 
 class Memory(Plugin):
@@ -161,6 +162,29 @@ def test_file_may_name_what_is_not_utf_8(tmp_path: Path) -> None:
     (tmp_path / "words").write_bytes(b"file=\xff.img\n")
 
     assert read_words([f"@{tmp_path}/words"]) == (("file", "\udcff.img"),)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("1G", "1G"),
+        (True, "true"),
+        (False, "false"),
+        (-7, "-7"),
+        (0.25, "0.25"),
+        ((1 << 64) - 1, "18446744073709551615"),
+    ],
+)
+def test_values_as_texts(value: str | float, text: str) -> None:
+    assert as_text(value) == text
+
+
+@pytest.mark.parametrize(
+    "value", [1 << 64, -(1 << 64), 10**5000], ids=["positive", "negative", "too long to be written"]
+)
+def test_a_number_that_no_parameter_can_have_is_no_text(value: int) -> None:
+    with pytest.raises(ValueError, match="at most 64 bits"):
+        as_text(value)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,8 +16,10 @@ from typing import Any
 import click
 import pytest
 
+import nbdkitpy
 from nbdkitpy import Backend, Client, Filter, FilterHandle, Handle, Plugin, hookspecs
 from nbdkitpy.stack import Stack
+from tests.environment import without_coverage
 from tests.serving import NoServer
 
 if sys.version_info >= (3, 11):
@@ -229,8 +232,6 @@ def test_contract_lists_the_verbs_and_questions_in_the_order_of_the_code() -> No
 
 
 def test_contract_mentions_everything_that_units_may_import() -> None:
-    import nbdkitpy
-
     page = CONTRACT.read_text()
 
     assert not [name for name in nbdkitpy.__all__ if name != "__version__" and not re.search(rf"\b{name}\b", page)]
@@ -307,6 +308,37 @@ def test_parameters_of_the_contract_are_as_its_comments_say() -> None:
 
     assert (unit.size, unit.mode, unit.depth, unit.strict) == (1024, "safe", 4, False)
     assert (unit.keep_open, unit.index, unit.deny) == (False, None, (1, 2))
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+PROGRAMS = [
+    pytest.param(code, id=f"{page.stem}-{number}")
+    for page in (ROOT / "docs" / "library.md",)
+    for number, code in enumerate(blocks(page, "python"))
+]
+
+
+@pytest.mark.parametrize("code", PROGRAMS)
+def test_programs_of_the_documentation_run_and_say_something_sensible(code: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, env=without_coverage(), timeout=60
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"nbd\+unix://\?socket=/tmp/nbdkitpy\w+/socket\n|b'NBDMAGIC'\n", done.stdout)
+
+
+def test_library_page_names_every_argument_and_every_member() -> None:
+    page = (ROOT / "docs" / "library.md").read_text()
+    arguments = set(inspect.signature(nbdkitpy.serve).parameters) - {"plugin", "parameters", "filters"}
+    members = {name for name in vars(nbdkitpy.EmbeddedServer) if not name.startswith("_")} | {
+        "uri",
+        "unix_path",
+        "port",
+    }
+
+    assert not [name for name in arguments | members if not re.search(rf"`{name}[`=(]", page)]
 
 
 # --- all pages, all files -------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from nbdkitpy.config.settings import LISTENING, SETTINGS, Setting
 from nbdkitpy.config.units import Given, Reference, UnitTable, nearest
+from nbdkitpy.config.words import as_text
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.parameters import parse_path
 from nbdkitpy.server.options import AddressFamily, Endpoint, Transport
@@ -31,9 +32,6 @@ _KINDS = {
 
 #: What may be a value as it is.
 _SCALARS = (str, int, float, bool)
-
-#: Numbers of 64 bits, as TOML has them. Python has larger ones, some too large to be written.
-_LARGEST = 1 << 64
 
 #: Where a value may stand in a file of its own, and how the place is written. Names of credentials are those that the
 #: service manager takes.
@@ -128,13 +126,12 @@ class _Table:
         except ValueError as error:
             raise self.error(f"{key} must be {error}, not {value!r}") from None
 
-    def text(self, key: str, value: object) -> str:
+    def text(self, key: str, value: Any) -> str:
         """Return a scalar as the command line has it."""
-        if isinstance(value, bool):
-            return str(value).lower()
-        if isinstance(value, int) and abs(value) >= _LARGEST:
-            raise self.error(f"{key} must be a number of at most 64 bits")
-        return str(value)
+        try:
+            return as_text(value)
+        except ValueError as error:
+            raise self.error(f"{key} must be {error}") from None
 
     def table(self, key: str) -> _Table | None:
         """Return the table [key], if there is one."""

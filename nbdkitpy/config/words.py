@@ -15,6 +15,7 @@ from nbdkitpy.parameters import Parameter, integer
 __all__ = [
     "Assignment",
     "DebugFlag",
+    "as_text",
     "is_parameter",
     "parse_debug_flag",
     "read_words",
@@ -26,6 +27,10 @@ __all__ = [
 Assignment: TypeAlias = tuple[str | None, str]
 
 _KEY_VALUE = re.compile(r"([A-Za-z][A-Za-z0-9._-]*)=(.*)", re.ASCII | re.DOTALL)
+
+#: Numbers of 64 bits. Python has larger ones, some too large to be written.
+_LARGEST = 1 << 64
+
 _C_INT = integer(-(1 << 31), (1 << 31) - 1)
 
 #: What a bare word sets if it comes first and the plugin has no magic parameter.
@@ -64,6 +69,19 @@ def split_word(word: str) -> Assignment:
 def is_parameter(word: str) -> bool:
     """Tell whether `word` can only be a parameter or a file of them, not the name of a plugin."""
     return split_word(word)[0] is not None or _is_file(word)
+
+
+def as_text(value: str | int | float) -> str:
+    """Return a value as it would stand on the command line.
+
+    Raises:
+        ValueError: it is a number of more than 64 bits.
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        raise ValueError("a number of at most 64 bits")
+    return str(value)
 
 
 def read_words(words: Iterable[str]) -> tuple[Assignment, ...]:

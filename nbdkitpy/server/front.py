@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from nbdkitpy.backend import SharedCount
 from nbdkitpy.protocol.constants import TlsMode
-from nbdkitpy.server.listener import Listener, listen
+from nbdkitpy.server.listener import UMASK, Listener, listen
 from nbdkitpy.server.options import ServerOptions, Transport
 from nbdkitpy.server.uri import make_uri
 from nbdkitpy.server.wakeup import Wakeup
@@ -70,13 +70,16 @@ class Front:
 
     # --- before and after ---
 
-    def bind(self) -> None:
+    def bind(self, umask: int | None = UMASK) -> None:
         """Begin to listen.
+
+        Args:
+            umask: As for :func:`listen`.
 
         Raises:
             ConfigError: that is not possible; the text says where and why.
         """
-        self._listeners = listen(self.options.endpoints)
+        self._listeners = listen(self.options.endpoints, umask)
         for listener in self._listeners:
             listener.socket.setblocking(False)
 

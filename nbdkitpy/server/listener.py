@@ -7,18 +7,19 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.server.options import AddressFamily, Endpoint, Transport
 
-__all__ = ["Listener", "listen"]
+__all__ = ["UMASK", "Listener", "listen"]
 
 _LOOPBACK = ("127.0.0.1", "::1")
 _EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104  # only when asked for by "-i any"
 _MAX_UNIX_PATH = 107  # bytes that struct sockaddr_un has room for
 _MAX_PORT = 65535  # of a larger number getaddrinfo takes the lower bits
-_UMASK = 0o022  # the mode of a socket is that of nbdkit's, whatever the caller's umask
+UMASK = 0o022  # the mode of a socket is that of nbdkit's, whatever the caller's umask
+_SOCKET_MODE = 0o755  # from which a umask can only take away
 
 _FAMILIES = {
     AddressFamily.ANY: (socket.AF_INET, socket.AF_INET6),
@@ -106,8 +107,13 @@ def _identity(path: str) -> tuple[int, int] | None:
     return (status.st_dev, status.st_ino) if stat.S_ISSOCK(status.st_mode) else None
 
 
-def listen(endpoints: Sequence[Endpoint]) -> list[Listener]:
+def listen(endpoints: Sequence[Endpoint], umask: int | None = UMASK) -> list[Listener]:
     """Return sockets that listen at all `endpoints`: for TCP one for each address.
+
+    Args:
+        endpoints: Where.
+        umask: For the mode of Unix sockets. It is the whole process's, so that None leaves it as it is, since other
+            threads may be making files meanwhile; in no case may others than the owner connect.
 
     Raises:
         ConfigError: one cannot be listened on; the text says which and why. Nothing is left of the others.
@@ -115,7 +121,7 @@ def listen(endpoints: Sequence[Endpoint]) -> list[Listener]:
     listeners: list[Listener] = []
     try:
         for endpoint in endpoints:
-            listeners += _listen(endpoint)
+            listeners += _listen(endpoint, umask)
     except BaseException:
         for listener in listeners:
             listener.close()
@@ -123,17 +129,17 @@ def listen(endpoints: Sequence[Endpoint]) -> list[Listener]:
     return listeners
 
 
-def _listen(endpoint: Endpoint) -> list[Listener]:
+def _listen(endpoint: Endpoint, umask: int | None) -> list[Listener]:
     if endpoint.fd is not None:
         return [Listener(socket.socket(fileno=endpoint.fd), is_ours=False)]
     if endpoint.transport is Transport.UNIX:
-        return [_listen_unix(endpoint.unix_path)]
+        return [_listen_unix(endpoint.unix_path, umask)]
     if endpoint.transport is Transport.VSOCK:
         return [_listen_vsock(endpoint.port)]
     return _listen_tcp(endpoint)
 
 
-def _listen_unix(path: str | None) -> Listener:
+def _listen_unix(path: str | None, umask: int | None) -> Listener:
     directory = None
     if path is None:
         directory = _make_private_directory()
@@ -144,18 +150,29 @@ def _listen_unix(path: str | None) -> Listener:
     if not path or "\0" in path:  # the system would take it for a name that is not in the file system
         raise ConfigError(f"unix: the path must be that of a file, not {path!r}")
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    umask = os.umask(_UMASK)
     try:
-        sock.bind(path)
+        os.fchmod(sock.fileno(), _SOCKET_MODE)
+        with _umask(umask):
+            sock.bind(path)
         sock.listen()
     except OSError as error:
         sock.close()
         if directory is not None:
             os.rmdir(directory)
         raise _cannot_listen(path, error) from None
-    finally:
-        os.umask(umask)
     return Listener(sock, directory=directory)
+
+
+@contextlib.contextmanager
+def _umask(umask: int | None) -> Iterator[None]:
+    if umask is None:
+        yield
+        return
+    before = os.umask(umask)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def _make_private_directory() -> str:

@@ -30,9 +30,8 @@ class Wakeup:
     def set(self) -> None:
         """Wake up who waits. Nothing happens if it is closed."""
         self.is_set = True
-        with self._lock, contextlib.suppress(OSError):  # it has been set so often that there is no room
-            if self.write_fd >= 0:
-                os.write(self.write_fd, b"\0")
+        with self._lock, contextlib.suppress(OSError):  # it is closed, or has been set so often that there is no room
+            os.write(self.write_fd, b"\0")
 
     def clear(self) -> None:
         """Take note that it has been set."""

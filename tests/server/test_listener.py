@@ -193,6 +193,20 @@ def test_the_mode_of_a_socket_does_not_depend_on_the_umask(umask: int, tmp_path:
     assert after == umask
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o000, 0o755), (0o022, 0o755), (0o077, 0o700)])
+def test_the_umask_can_be_left_alone_and_then_takes_away(umask: int, mode: int, tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    before = os.umask(umask)
+    try:
+        (listener,) = listen([Endpoint(Transport.UNIX, unix_path=path)], umask=None)
+        found = stat.S_IMODE(os.stat(path).st_mode)
+        listener.close()
+    finally:
+        os.umask(before)
+
+    assert found == mode
+
+
 def test_a_unix_socket_is_removed_at_the_end(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
 
