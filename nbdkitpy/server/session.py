@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from nbdkitpy.protocol.constants import BASE_ALLOCATION, Option, OptionReply, Tl
 from nbdkitpy.protocol.errors import RemoteProtocolError, printable
 from nbdkitpy.protocol.handshake import (
     Closed,
+    Event,
     ExportFacts,
     Handshake,
     ListExports,
@@ -151,17 +153,13 @@ class Session:
         buffer = memoryview(bytearray(_HANDSHAKE_BUFFER))
         while True:
             handshake.shutting_down = self._stopping
-            event = handshake.next_event()
-            if isinstance(event, OpenExport):
-                self._answer_open(handshake, event)
-            elif isinstance(event, ListExports):
-                self._answer_list(handshake)
-            for refusal in handshake.refusals:
-                self._log.error("%s: %s", self.name, refusal)
-            handshake.refusals.clear()
-            output = handshake.data_to_send()
-            if output:  # after each event, as a list of exports may be long
-                self._transport.send([output])
+            try:
+                event = self._next_event(handshake)
+            except RemoteProtocolError:
+                with contextlib.suppress(OSError):  # what the client did is more to the point
+                    self._send_answers(handshake)
+                raise
+            self._send_answers(handshake)  # after each event, as a list of exports may be long
             if isinstance(event, StartTls):
                 self._start_tls()
                 handshake.tls_started()
@@ -174,6 +172,23 @@ class Session:
                 self._log.debug("%s: left during the handshake", self.name)
                 return False
             handshake.receive_data(buffer[:count])
+
+    def _next_event(self, handshake: Handshake) -> Event | None:
+        """Return the next event; if it asks for an export or a list of them, that has been answered."""
+        event = handshake.next_event()
+        if isinstance(event, OpenExport):
+            self._answer_open(handshake, event)
+        elif isinstance(event, ListExports):
+            self._answer_list(handshake)
+        return event
+
+    def _send_answers(self, handshake: Handshake) -> None:
+        for refusal in handshake.refusals:
+            self._log.error("%s: %s", self.name, refusal)
+        handshake.refusals.clear()
+        output = handshake.data_to_send()
+        if output:
+            self._transport.send([output])
 
     def _start_tls(self) -> None:
         if self._tls is None:  # not reached: the client has been refused

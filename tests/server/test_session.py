@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import logging
+import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -614,6 +615,31 @@ def test_a_violation_is_one_line_in_the_log(start_session: StartSession, message
     solo.join()
     (line,) = [text for text in messages() if "magic" in text]
     assert line.startswith("disks[1]: connection 1 (unix pid=")
+
+
+def option(number: int, data: bytes = b"", length: int | None = None) -> bytes:
+    return struct.pack(">8sII", b"IHAVEOPT", number, len(data) if length is None else length) + data
+
+
+@pytest.mark.parametrize(
+    "violation",
+    [b"no option at all", option(Option.EXPORT_NAME, b"a\0b"), option(99, length=1 << 30)],
+    ids=["magic", "EXPORT_NAME", "length"],
+)
+def test_what_was_asked_before_a_violation_is_answered_and_logged(
+    start_session: StartSession, messages: Messages, violation: bytes
+) -> None:
+    """Also if all of it has arrived at once."""
+    solo = start_session()
+    solo.client.greet()
+
+    solo.client.send_bytes(option(Option.STRUCTURED_REPLY) + option(Option.LIST, b"data") + violation)
+
+    assert solo.client.option_answers(Option.STRUCTURED_REPLY) == [(OptionReply.ACK, b"")]
+    assert [answer.reply for answer in solo.client.option_answers(Option.LIST)] == [OptionReply.ERR_INVALID]
+    assert solo.client.at_end()
+    solo.join()
+    assert [text for text in messages() if "option LIST" in text]
 
 
 def test_being_cut_off_in_a_request_is_worth_a_line(start_session: StartSession, messages: Messages) -> None:
