@@ -12,6 +12,7 @@ from nbdkitpy.config.units import Given, Reference, UnitTable, nearest
 from nbdkitpy.config.words import as_text
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.parameters import parse_path
+from nbdkitpy.protocol.errors import printable
 from nbdkitpy.server.options import AddressFamily, Endpoint, Transport
 
 if sys.version_info >= (3, 11):
@@ -39,6 +40,8 @@ _REFERENCES = {
     "file": re.compile(r"/[^\0]*", re.DOTALL),
     "credential": re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._@:-]{1,255}", re.ASCII),
 }
+
+_LONGEST_ERROR = 1000  # characters
 
 _MAX_PORT = (1 << 16) - 1
 _MAX_VSOCK_PORT = (1 << 32) - 1
@@ -99,7 +102,7 @@ class _Table:
         self.content = content
 
     def error(self, text: str) -> ConfigError:
-        return ConfigError(f"{self.where}: {text}")
+        return ConfigError(f"{self.where}: {printable(text, _LONGEST_ERROR)}")  # keys may be any text
 
     def check_keys(self, known: Iterable[str], hint: Callable[[str], str] = lambda key: "") -> None:
         """Raise ConfigError for a key that is not `known`; `hint` may say more about one."""

@@ -11,6 +11,7 @@ from nbdkitpy.backend import Backend
 from nbdkitpy.config.words import Assignment, with_keys
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.parameters import read_password
+from nbdkitpy.protocol.errors import printable
 from nbdkitpy.stack import Stack
 
 __all__ = [
@@ -170,7 +171,7 @@ def _text(value: str | Reference, reads_files: bool) -> str:
 def unknown(layer: Backend, key: str, table: UnitTable) -> ConfigError:
     """Return the error that `layer` has no parameter of that name."""
     hint = nearest(key, layer.parameters) or "it takes none"
-    return ConfigError(f'{table.where}: {layer.name} has no parameter "{key}": {hint}')
+    return ConfigError(f'{table.where}: {layer.name} has no parameter "{printable(key)}": {hint}')
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -136,6 +136,7 @@ def test_an_empty_array_gives_nothing(setup: Setup) -> None:
     ("of_disk", "message"),
     [
         (table("disk", siz="1"), 'disk has no parameter "siz": did you mean "size"?'),
+        (table("disk", **{"\x1b[2J": "1"}), r'disk has no parameter "\x1b[2J": there are size, tag, password, limit'),
         (table("disk", zzz=array()), 'disk has no parameter "zzz": there are size, tag, password, limit'),
         (table("disk", size="x"), 'disk: size must be a size such as 512, 10M or 1G, not "x"'),
         (table("disk", size=array("1")), "size must be one value, not an array: it cannot be given several times"),
