@@ -15,6 +15,10 @@ CLIENTS := nbdkit nbdkit-plugin-python libnbd-bin python3-libnbd qemu-utils nbd-
 BENCHMARKED := nbdkit nbdkit-plugin-python libnbd-bin fio gcc libc6-dev
 BENCH ?= --suite proof
 
+# What `make fuzz` fuzzes, and for how long each.
+TARGETS ?= handshake transmission conversation session
+MINUTES ?= 5
+
 # What makes and runs the virtual machine of `make test-vm`.
 MACHINE := qemu-system-x86 mmdebstrap genext2fs e2fsprogs
 
@@ -27,7 +31,7 @@ apt = { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	&& apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); } \
 	|| { echo "Missing Debian packages. Please type: sudo apt-get install" $(1) >&2; false; }
 
-.PHONY: help run test test-vm lint docs bench clean clients
+.PHONY: help run test test-vm lint docs bench fuzz clean clients
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -57,6 +61,9 @@ bench: $(VENV)/runs  ## Compare with nbdkit, side by side, or what BENCH says: m
 	@dpkg -s $(BENCHMARKED) >/dev/null 2>&1 || $(call apt,$(BENCHMARKED))
 	$(BIN)/python benchmarks/compare.py $(BENCH)
 
+fuzz: $(VENV)/fuzz  ## Fuzz the core for MINUTES (5) each of the targets in fuzz/, or of what TARGETS says
+	@for target in $(TARGETS); do $(BIN)/python -m fuzz.run $$target $(MINUTES) || exit; done
+
 test-vm: $(VENV)/runs  ## Run the tests of vsock, kernel and systemd in a virtual machine; K=WORD selects some
 	@dpkg -s $(MACHINE) >/dev/null 2>&1 || $(call apt,--no-install-recommends $(MACHINE))
 	@$(BIN)/python tests/vm/run.py $(if $(K),-k '$(K)')
@@ -81,6 +88,10 @@ $(VENV)/runs: $(MADE) pyproject.toml
 
 $(VENV)/tests: $(MADE) pyproject.toml
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[test,lint]'
+	@touch $@
+
+$(VENV)/fuzz: $(MADE) pyproject.toml
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[fuzz]'
 	@touch $@
 
 $(VENV)/docs: $(MADE) pyproject.toml

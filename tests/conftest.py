@@ -13,7 +13,10 @@ import pytest
 from nbdkitpy import Filter, Plugin
 from nbdkitpy.server.options import ServerOptions
 from tests.certificates import Authority, make_directory
+from tests.fuzzing import effort
 from tests.serving import Disks, Running, Solo, join_others, unix_options
+
+effort.register_profiles()
 
 
 class StartServer(Protocol):
@@ -28,6 +31,21 @@ class StartSession(Protocol):
 
     def __call__(self, plugin: Plugin | None = None, *filters: Filter, begin: bool = True, **options: Any) -> Solo:
         """Return the session; it serves :class:`Disks` if no plugin is given."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[effort.Tally.KEY] = effort.Tally()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in effort.report(config.stash[effort.Tally.KEY]):
+        terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def tally(pytestconfig: pytest.Config) -> effort.Tally:
+    """Counts what is tried, for the end of the run."""
+    return pytestconfig.stash[effort.Tally.KEY]
 
 
 @pytest.fixture(scope="session")
