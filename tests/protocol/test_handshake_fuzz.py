@@ -5,10 +5,12 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from nbdkitpy.protocol.constants import Option, OptionReply, TransmissionFlag
+from fuzz import targets
+from fuzz.targets import Config
+from nbdkitpy.protocol.constants import Option, OptionReply, TlsMode, TransmissionFlag
 from nbdkitpy.protocol.errors import RemoteProtocolError
 from nbdkitpy.protocol.handshake import (
     Closed,
@@ -21,12 +23,15 @@ from nbdkitpy.protocol.handshake import (
     Ready,
 )
 from nbdkitpy.protocol.messages import MAX_INFO_REQUEST, OPTION_HEADER, BlockSizeInfo
+from tests.fuzzing import streams
+from tests.fuzzing.effort import fuzz
+from tests.fuzzing.streams import option, split
 
 FACTS = ExportFacts(1 << 30, TransmissionFlag.HAS_FLAGS, "disk", "a disk", BlockSizeInfo())
 GREETING = 18
 INTERMEDIATE = {OptionReply.SERVER, OptionReply.INFO, OptionReply.META_CONTEXT}
 
-FUZZ = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+FUZZ = fuzz(300)
 
 
 class Outcome(NamedTuple):
@@ -110,47 +115,13 @@ def final_replies(output: bytes) -> list[int]:
 
 # What clients say.
 
-
-def info(name: bytes, types: list[int]) -> bytes:
-    return struct.pack(f">I{len(name)}sH{len(types)}H", len(name), name, len(types), *types)
-
-
-def meta(name: bytes, queries: list[bytes]) -> bytes:
-    parts = (struct.pack(">I", len(query)) + query for query in queries)
-    return struct.pack(f">I{len(name)}sI", len(name), name, len(queries)) + b"".join(parts)
-
-
-def option(number: int, data: bytes) -> bytes:
-    return struct.pack(">8sII", b"IHAVEOPT", number, len(data)) + data
-
-
-names = st.sampled_from([b"", b"disk", b"missing", b"a\0b", b"\xff", "é\n".encode(), b"x" * 4096, b"x" * 4097])
-types = st.lists(st.integers(0, 5) | st.integers(0, 0xFFFF), max_size=5)
-queries = st.lists(st.sampled_from([b"base:allocation", b"base:", b"x:y", b""]) | st.binary(max_size=9), max_size=5)
-infos = st.builds(info, names, types)
-metas = st.builds(meta, names, queries)
-lengths = st.sampled_from([0, 1, 4, 0x7FFFFFFF, 0x80000000, 0xFFFFFFF9, 0xFFFFFFFF]).map(lambda n: struct.pack(">I", n))
-junk = st.binary(max_size=40)
-mutated = st.builds(
-    lambda data, at, patch: data[: at % (len(data) + 1)] + patch + data[at % (len(data) + 1) + len(patch) :],
-    infos | metas,
-    st.integers(0, 50),
-    lengths | junk,
+haggling_options = (
+    streams.haggling | streams.starttls | st.builds(option, st.just(7), streams.infos | streams.spoilt_data)
 )
-haggling_options = st.one_of(
-    st.builds(option, st.sampled_from([3, 5, 8, 11, 0, 4, 99, 0xFFFFFFFF]), st.just(b"") | junk),
-    st.builds(option, st.sampled_from([6, 7]), infos | mutated),
-    st.builds(option, st.sampled_from([9, 10]), metas | mutated),
-)
-options = haggling_options | st.builds(option, st.sampled_from([1, 2]), names | junk)
+options = haggling_options | st.builds(option, st.sampled_from([1, 2]), streams.names | streams.junk)
 client_flags = st.sampled_from([3, 3, 3, 1, 2, 0]).map(lambda n: struct.pack(">I", n))
 dialogues = st.builds(lambda flags, parts: flags + b"".join(parts), client_flags, st.lists(options, max_size=12))
 known = st.sampled_from([(True, True), (True, True), (False, True), (True, False)])
-
-
-def split(data: bytes, cuts: list[int]) -> list[bytes]:
-    places = sorted({cut % (len(data) + 1) for cut in cuts})
-    return [data[start:end] for start, end in zip([0, *places], [*places, len(data)])]
 
 
 @FUZZ
@@ -205,7 +176,7 @@ def test_mutated_dialogues_end_in_nothing_worse_than_a_protocol_error(
 
 
 @FUZZ
-@given(dialogues, st.integers(0, 20_000), st.integers(0, 40), junk)
+@given(dialogues, st.integers(0, 20_000), st.integers(0, 40), streams.junk)
 def test_dialogues_with_bytes_lost_and_inserted(stream: bytes, place: int, lost: int, inserted: bytes) -> None:
     at = place % (len(stream) + 1)
 
@@ -228,3 +199,19 @@ def test_shutting_down_in_the_middle_leaves_every_option_answered(stream: bytes,
     if not ended:
         assert all(event == Closed() for event in second.events)
         final_replies(second.output)
+
+
+configs = st.builds(
+    lambda tls, structured, meta, offered, cuts: Config(tls, structured, meta, handshake_flags=offered, cuts=cuts),
+    st.sampled_from(TlsMode),
+    st.sampled_from([True, True, False]),
+    st.sampled_from([True, True, False]),
+    st.sampled_from([3, 3, 3, 1, 2, 0]),
+    st.integers(0, 0xFFFF),
+)
+
+
+@FUZZ
+@given(configs, dialogues | streams.spoilt(dialogues))
+def test_answers_and_what_is_agreed_on_are_what_the_model_says(config: Config, stream: bytes) -> None:
+    targets.handshake(config.pack() + stream)

@@ -6,43 +6,35 @@ import struct
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdkitpy.protocol.constants import NbdError, TransmissionFlag
 from nbdkitpy.protocol.replies import ExtendedReplies, StructuredReplies
 from nbdkitpy.protocol.transmission import Request, Transmission
+from tests.fuzzing.core import BUFFERS, held, transmission_of
+from tests.fuzzing.effort import fuzz
+from tests.fuzzing.model import Agreement, Phase, TransmissionModel, Verdict
+from tests.fuzzing.streams import (
+    BLOCK_STATUS,
+    CACHE,
+    DISC,
+    FLUSH,
+    FUA,
+    NOISE,
+    PAYLOAD_LEN,
+    READ,
+    TRIM,
+    WRITE,
+    WRITE_ZEROES,
+    commands,
+    request_flags,
+    split,
+)
 
-FUZZ = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+FUZZ = fuzz(300)
 
-READ, WRITE, DISC, FLUSH, TRIM, CACHE, WRITE_ZEROES, BLOCK_STATUS = range(8)
-FUA, NO_HOLE, DF, REQ_ONE, FAST_ZERO, PAYLOAD_LEN = (1 << bit for bit in range(6))
 LARGE = 256 << 10
-MAX_SKIPPED = 128 << 20
-NOISE = b"".join(struct.pack(">I", i * 2654435761 & 0xFFFFFFFF) for i in range(1 << 17))
-
-
-class Export(NamedTuple):
-    """What a client was told, and what it negotiated."""
-
-    size: int
-    flags: TransmissionFlag
-    minimum: int
-    maximum: int
-    structured: bool
-    extended: bool
-    contexts: bool
-
-    def transmission(self) -> Transmission:
-        return Transmission(
-            self.size,
-            self.flags,
-            minimum=self.minimum,
-            maximum=self.maximum,
-            structured=self.structured,
-            extended=self.extended,
-            contexts=self.contexts,
-        )
 
 
 @dataclass
@@ -80,84 +72,15 @@ class Said:
         return NOISE[cookie % 997 : cookie % 997 + length]
 
 
-# --- what has to come of a request, told in another way than in the code under test ---
+# --- what has to come of a request, by the model ---
 
 
-class Verdict(NamedTuple):
-    """An error, 0 for none, or None for the end of the connection; and what a request comes out as."""
-
-    error: int | None
-    request: tuple[int, int, int, int, bytes] | None = None
-
-
-def verdict(said: Said, cookie: int, export: Export) -> Verdict:
-    payload_length = said.payload_length(export.extended)
-    if said.command == DISC:
-        return Verdict(None)
-    error, effect = judge(said, cookie, export)
-    if error and payload_length > MAX_SKIPPED:
-        return Verdict(None)
-    if error:
-        return Verdict(error)
-    flags = said.flags & ~PAYLOAD_LEN if export.extended else said.flags
-    payload = said.payload(cookie, export.extended) if said.command == WRITE else b""
-    return Verdict(0, (said.command, flags, said.offset, effect, payload))
-
-
-def judge(said: Said, cookie: int, export: Export) -> tuple[int, int]:
-    """Return the error, and the length that a request is about."""
-    offered = export.flags
-    command, length = said.command, said.header_length(export.extended)
-    if not export.extended:
-        length &= 0xFFFFFFFF
-    flags, has_payload = said.flags, False
-    if export.extended:
-        flags, has_payload = flags & ~PAYLOAD_LEN, bool(flags & PAYLOAD_LEN)
-    if command > BLOCK_STATUS:
-        return NbdError.EINVAL, length
-    writes = command in (WRITE, TRIM, WRITE_ZEROES)
-    if writes and TransmissionFlag.READ_ONLY in offered:
-        return NbdError.EPERM, length
-    if export.extended and command != WRITE and has_payload:
-        if not (command == BLOCK_STATUS and TransmissionFlag.BLOCK_STATUS_PAYLOAD in offered):
-            return NbdError.EINVAL, length
-        payload = said.payload(cookie, True)
-        if len(payload) != 12 or payload[8:] != b"\0\0\0\1":
-            return NbdError.EINVAL, length
-        length = int.from_bytes(payload[:8], "big")
-    outside = length == 0 or said.offset + length > export.size
-    if command == FLUSH:
-        outside = bool(said.offset or length)
-    if outside:
-        return (NbdError.ENOSPC if command in (WRITE, WRITE_ZEROES) else NbdError.EINVAL), length
-    if said.offset % export.minimum or length % export.minimum:
-        return NbdError.EINVAL, length
-    if flags & ~valid_flags(command, offered):
-        return NbdError.EINVAL, length
-    if command in (READ, WRITE) and length > export.maximum:
-        chunked = export.structured or export.extended
-        return (NbdError.EOVERFLOW if command == READ and chunked else NbdError.EINVAL), length
-    needed = {
-        FLUSH: TransmissionFlag.SEND_FLUSH,
-        TRIM: TransmissionFlag.SEND_TRIM,
-        CACHE: TransmissionFlag.SEND_CACHE,
-        WRITE_ZEROES: TransmissionFlag.SEND_WRITE_ZEROES,
-    }.get(command, TransmissionFlag(0))
-    if needed not in offered or (command == BLOCK_STATUS and not export.contexts):
-        return NbdError.EINVAL, length
-    return 0, length
-
-
-def valid_flags(command: int, offered: TransmissionFlag) -> int:
-    valid = FUA if TransmissionFlag.SEND_FUA in offered else 0
-    if command == READ and TransmissionFlag.SEND_DF in offered:
-        valid |= DF
-    if command == BLOCK_STATUS:
-        valid |= REQ_ONE
-    if command == WRITE_ZEROES:
-        valid |= NO_HOLE
-        valid |= FAST_ZERO if TransmissionFlag.SEND_FAST_ZERO in offered else 0
-    return valid
+def verdict(said: Said, cookie: int, export: Agreement) -> Verdict | None:
+    """Return what has to become of a request that is the only one; None for the end of the connection."""
+    model = TransmissionModel(export)
+    found = model.hear(said.header(cookie, export.extended) + said.payload(cookie, export.extended))
+    assert len(found) == (model.phase is Phase.TRANSMISSION)
+    return found[0] if found else None
 
 
 # --- a driver ---
@@ -210,8 +133,7 @@ class Driver:
         self._sent += count
         for request in self._transmission.received(count):
             self._take(request)
-        buffers = sum(len(value) for value in vars(self._transmission).values() if isinstance(value, bytearray))
-        assert buffers <= 2 * LARGE + 4 * self._sent, "memory is bought with bytes"
+        assert held(self._transmission) <= BUFFERS + 4 * self._sent, "memory is bought with bytes"
         return count
 
     def _take(self, request: Request) -> None:
@@ -222,11 +144,6 @@ class Driver:
         self._requests.append((request.cookie, fields))
 
 
-def split(data: bytes, cuts: list[int]) -> list[bytes]:
-    places = sorted({cut % (len(data) + 1) for cut in cuts})
-    return [data[start:end] for start, end in zip([0, *places], [*places, len(data)])]
-
-
 # --- what clients say ---
 
 sizes = st.sampled_from([0, 1, 512, 4096, 1 << 20, 1 << 32, (1 << 63) - 1])
@@ -234,7 +151,7 @@ advertised = st.integers(0, 0x1FFF).map(TransmissionFlag) | st.sampled_from(
     [TransmissionFlag(number) for number in (0x1DFD, 0x1DFD, 0x1DFF, 0x0001)]  # all, all but for reading only, none
 )
 exports = st.builds(
-    Export,
+    Agreement,
     sizes | st.just(1 << 20),
     advertised,
     st.sampled_from([1, 1, 1, 512, 65536]),
@@ -242,12 +159,6 @@ exports = st.builds(
     st.booleans(),
     st.booleans(),
     st.booleans(),
-)
-commands = st.integers(0, 9).filter(lambda n: n != DISC) | st.sampled_from([READ, WRITE, WRITE, BLOCK_STATUS, 0xFFFF])
-request_flags = (
-    st.sampled_from([0, 0, 0, PAYLOAD_LEN, PAYLOAD_LEN, FUA, FUA | PAYLOAD_LEN, DF, REQ_ONE, NO_HOLE | FAST_ZERO])
-    | st.integers(0, 0x3F)
-    | st.integers(0, 0xFFFF)
 )
 offsets = st.one_of(
     st.sampled_from([0, 0, 0, 1, 512, 4096, 1 << 16, (1 << 20) - 1, 1 << 20, (1 << 63) - 512, (1 << 64) - 1]),
@@ -308,18 +219,19 @@ cuttings = st.lists(st.integers(0, 1_000_000), max_size=30)
 
 @FUZZ
 @given(exports, conversations)
-def test_each_request_has_the_one_outcome_that_it_should_have(export: Export, conversation: Conversation) -> None:
+def test_each_request_has_the_one_outcome_that_it_should_have(export: Agreement, conversation: Conversation) -> None:
     expected = [verdict(said, cookie, export) for cookie, said in enumerate(conversation.requests)]
 
-    outcome = Driver(export.transmission()).play([conversation.stream(export.extended)])
+    outcome = Driver(transmission_of(export)).play([conversation.stream(export.extended)])
 
     refused = {cookie: error for cookie, error, _, _ in outcome.refusals}
     assert len(refused) == len(outcome.refusals)
     accepted = dict(outcome.requests)
     assert len(accepted) == len(outcome.requests)
     assert not refused.keys() & accepted.keys()
-    assert refused == {cookie: came.error for cookie, came in enumerate(expected) if came.error}
-    assert accepted == {cookie: came.request for cookie, came in enumerate(expected) if came.request is not None}
+    assert None not in expected, "there is an ending for that"
+    assert refused == {came.cookie: came.error for came in expected if came is not None and came.error}
+    assert accepted == {came.cookie: came[2:] for came in expected if came is not None and not came.error}
     assert [cookie for cookie, _ in outcome.requests] == sorted(accepted)
     ending = conversation.ending
     disconnects = isinstance(ending, Said) and ending.command == DISC
@@ -331,23 +243,23 @@ def test_each_request_has_the_one_outcome_that_it_should_have(export: Export, co
 @FUZZ
 @given(exports, conversations, cuttings, st.booleans(), st.booleans())
 def test_what_comes_out_does_not_depend_on_how_the_stream_is_split(
-    export: Export, conversation: Conversation, cuts: list[int], rests: bool, keeps: bool
+    export: Agreement, conversation: Conversation, cuts: list[int], rests: bool, keeps: bool
 ) -> None:
     stream = conversation.stream(export.extended)
-    whole = Driver(export.transmission()).play([stream])
+    whole = Driver(transmission_of(export)).play([stream])
 
-    pieces = Driver(export.transmission(), rests=rests, keeps=keeps).play(split(stream, cuts))
+    pieces = Driver(transmission_of(export), rests=rests, keeps=keeps).play(split(stream, cuts))
 
     assert pieces == whole
 
 
 @FUZZ
 @given(exports, st.lists(ordinary, max_size=4), endings)
-def test_byte_by_byte_is_as_good_as_at_once(export: Export, said: list[Said], ending: Said | bytes | None) -> None:
+def test_byte_by_byte_is_as_good_as_at_once(export: Agreement, said: list[Said], ending: Said | bytes | None) -> None:
     stream = Conversation(said, ending, b"behind").stream(export.extended)[:4000]
-    whole = Driver(export.transmission()).play([stream])
+    whole = Driver(transmission_of(export)).play([stream])
 
-    pieces = Driver(export.transmission()).play([stream[i : i + 1] for i in range(len(stream))])
+    pieces = Driver(transmission_of(export)).play([stream[i : i + 1] for i in range(len(stream))])
 
     assert pieces == whole
 
@@ -355,11 +267,11 @@ def test_byte_by_byte_is_as_good_as_at_once(export: Export, said: list[Said], en
 @FUZZ
 @given(exports, conversations, cuttings, st.integers(0, 1_000_000))
 def test_shutting_down_in_the_middle_leaves_each_request_with_one_outcome(
-    export: Export, conversation: Conversation, cuts: list[int], at: int
+    export: Agreement, conversation: Conversation, cuts: list[int], at: int
 ) -> None:
     stream = Conversation(conversation.requests, None, b"").stream(export.extended)
     at %= len(stream) + 1
-    transmission = export.transmission()
+    transmission = transmission_of(export)
     driver = Driver(transmission)
     before = driver.play(split(stream[:at], cuts))
     answered = len(before.requests) + len(before.refusals)
@@ -378,12 +290,12 @@ def test_shutting_down_in_the_middle_leaves_each_request_with_one_outcome(
 @FUZZ
 @given(exports, st.binary(max_size=500), st.booleans(), cuttings, st.booleans())
 def test_random_bytes_end_in_nothing_worse_than_a_failure(
-    export: Export, noise: bytes, with_magic: bool, cuts: list[int], rests: bool
+    export: Agreement, noise: bytes, with_magic: bool, cuts: list[int], rests: bool
 ) -> None:
     magic = bytes.fromhex("21e41c71" if export.extended else "25609513")
     stream = magic + noise if with_magic else noise
 
-    outcome = Driver(export.transmission(), rests=rests).play(split(stream, cuts))
+    outcome = Driver(transmission_of(export), rests=rests).play(split(stream, cuts))
 
     if outcome.failure is not None:
         assert outcome.finished
@@ -393,14 +305,14 @@ def test_random_bytes_end_in_nothing_worse_than_a_failure(
 @FUZZ
 @given(exports, conversations, st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 255)), max_size=8), cuttings)
 def test_mutated_conversations_end_in_nothing_worse_than_a_failure(
-    export: Export, conversation: Conversation, changes: list[tuple[int, int]], cuts: list[int]
+    export: Agreement, conversation: Conversation, changes: list[tuple[int, int]], cuts: list[int]
 ) -> None:
     mutant = bytearray(conversation.stream(export.extended) or b"\0")
     for place, value in changes:
         mutant[place % len(mutant)] = value
 
-    whole = Driver(export.transmission()).play([bytes(mutant)])
-    pieces = Driver(export.transmission()).play(split(bytes(mutant), cuts))
+    whole = Driver(transmission_of(export)).play([bytes(mutant)])
+    pieces = Driver(transmission_of(export)).play(split(bytes(mutant), cuts))
 
     assert pieces == whole
     assert all(message.isprintable() and len(message) < 250 for *_, message in whole.refusals)
@@ -409,12 +321,43 @@ def test_mutated_conversations_end_in_nothing_worse_than_a_failure(
 @FUZZ
 @given(exports, conversations, st.integers(0, 5000), st.integers(0, 40), st.binary(max_size=40))
 def test_conversations_with_bytes_lost_and_inserted(
-    export: Export, conversation: Conversation, place: int, lost: int, inserted: bytes
+    export: Agreement, conversation: Conversation, place: int, lost: int, inserted: bytes
 ) -> None:
     stream = conversation.stream(export.extended)
     at = place % (len(stream) + 1)
 
-    Driver(export.transmission(), keeps=True).play([stream[:at], inserted, stream[at + lost :]])
+    Driver(transmission_of(export), keeps=True).play([stream[:at], inserted, stream[at + lost :]])
+
+
+WRITABLE = Agreement(1 << 32, TransmissionFlag.HAS_FLAGS, extended=True)
+ANNOUNCED = st.integers(1, 64 << 20) | st.sampled_from([64 << 20, 40 << 20, 2 << 20, 300_000, 131_044])
+SENT = st.integers(0, len(NOISE)) | st.sampled_from([0, 1, 8192, LARGE, LARGE + 1, 300_000, len(NOISE)])
+
+
+@FUZZ
+@given(ANNOUNCED, SENT, cuttings, st.booleans())
+def test_a_payload_that_is_announced_and_does_not_come_takes_no_memory(
+    announced: int, sent: int, cuts: list[int], rests: bool
+) -> None:
+    header = Said(WRITE, PAYLOAD_LEN, 0, announced).header(1, extended=True)
+    driver = Driver(transmission_of(WRITABLE), rests=rests)
+
+    outcome = driver.play(split(header + NOISE[: min(sent, announced - 1)], cuts))  # looks at the memory at each step
+
+    assert not outcome.requests
+    assert not outcome.refusals
+    assert not outcome.finished
+
+
+@FUZZ
+@given(st.lists(st.sampled_from([1, 512, 4000, 8192, 65536, 131_044, 200_000]), min_size=2, max_size=6), cuttings)
+def test_payloads_that_are_kept_stay_as_they_are(lengths: list[int], cuts: list[int]) -> None:
+    said = [Said(WRITE, PAYLOAD_LEN, 0, length) for length in lengths]
+    driver = Driver(transmission_of(WRITABLE), keeps=True)
+
+    outcome = driver.play(split(Conversation(said, None, b"").stream(extended=True), cuts))  # compares them at the end
+
+    assert [request[3] for _, request in outcome.requests] == lengths
 
 
 @FUZZ
