@@ -51,6 +51,9 @@ _ENCODINGS = {
     0x1E: "utf-16-be",  # BMPString
 }
 
+#: In bytes; those that are in use have some ten.
+_LONGEST_OID = 64
+
 _VERSION = 0xA0
 _ESCAPED = frozenset(',+"\\<>;')
 
@@ -109,23 +112,29 @@ class _Element(NamedTuple):
 
 def _elements(data: bytes) -> Iterator[_Element]:
     """The elements that lie one after the other in `data`. Only what certificates have: tags and lengths are short."""
-    while data:
-        tag, length, start = data[0], *_length(data)
-        if start + length > len(data):
+    begin = 0
+    while begin < len(data):
+        length, start = _length(data, begin)
+        end = start + length
+        if end > len(data):
             raise ValueError("an element is cut off")
-        yield _Element(tag, data[start : start + length], data[: start + length])
-        data = data[start + length :]
+        yield _Element(data[begin], data[start:end], data[begin:end])
+        begin = end
 
 
-def _length(data: bytes) -> tuple[int, int]:
-    """The length of the content of the first element, and where that begins."""
-    count = data[1] - 0x80 if len(data) > 1 and data[1] > 0x80 else 0
-    if len(data) < 2 + count or data[1] == 0x80:
+def _length(data: bytes, begin: int) -> tuple[int, int]:
+    """The length of the content of the element that begins there, and where that begins."""
+    start = begin + 2
+    first = data[begin + 1] if start <= len(data) else 0x80
+    count = max(first - 0x80, 0)
+    if first == 0x80 or start + count > len(data):
         raise ValueError("the length of an element is not there")
-    return (int.from_bytes(data[2 : 2 + count], "big") if count else data[1]), 2 + count
+    return (int.from_bytes(data[start : start + count], "big") if count else first), start + count
 
 
 def _oid(content: bytes) -> str:
+    if len(content) > _LONGEST_OID:  # time grows with the square
+        raise ValueError("the number of a type is too long")
     numbers = [0]
     for byte in content:
         numbers[-1] = numbers[-1] << 7 | byte & 0x7F

@@ -5,12 +5,16 @@ from __future__ import annotations
 import shutil
 import ssl
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nbdkitpy.server.distinguished_names import names_of
 from tests.certificates import Authority
+from tests.fuzzing.effort import fuzz
 
 #: Attributes in openssl's words, with values that have to be escaped, and how GnuTLS writes them.
 NAMES = {
@@ -62,8 +66,8 @@ def test_name_is_what_gnutls_says(authority: Authority, tmp_path: Path, subject:
 
 
 def element(tag: int, content: bytes) -> bytes:
-    length = len(content)
-    return bytes([tag, length] if length < 128 else [tag, 0x82, length >> 8, length & 255]) + content
+    length = bytes([len(content)]) if len(content) < 0x80 else b"\x84" + len(content).to_bytes(4, "big")
+    return bytes([tag]) + length + content
 
 
 def certificate_with(name: bytes) -> bytes:
@@ -127,3 +131,54 @@ def test_certificate_cut_off_anywhere_is_a_value_error(authority: Authority) -> 
     for length in range(len(whole)):
         with pytest.raises(ValueError):
             names_of(whole[:length])
+
+
+# --- certificates that are none ---
+
+
+#: What is to be put in the place of a byte: tags and lengths that are wrong, mostly.
+BYTES = st.sampled_from(
+    [0x00, 0x01, 0x7F, 0x80, 0x81, 0x82, 0x84, 0xFF, 0x0C, 0x1C, 0x1E, 0x30, 0x31, 0xA0]
+) | st.integers(0, 255)
+
+
+def test_spoilt_certificate_has_names_or_is_a_value_error(authority: Authority, tmp_path: Path) -> None:
+    good = der(issued(authority, tmp_path, "/C=US/O=Big, Co/CN=a+OU=b/2.5.4.97=x"))
+
+    @fuzz(300)
+    @given(st.lists(st.tuples(st.integers(0, 400), BYTES), max_size=6), st.integers(0, 2000))
+    def check(changes: list[tuple[int, int]], end: int) -> None:
+        spoilt = bytearray(good)
+        for place, value in changes:
+            spoilt[place % len(good)] = value
+        try:
+            names = names_of(bytes(spoilt[:end]) if end else bytes(spoilt))
+        except ValueError:
+            return
+        assert all(isinstance(name, str) for name in names)
+
+    check()
+
+
+@fuzz(100)
+@given(
+    st.binary(max_size=60)
+    | st.lists(st.tuples(BYTES, st.integers(0, 9)), max_size=30).map(lambda it: bytes(sum(it, ())))
+)
+def test_any_bytes_are_names_or_a_value_error(data: bytes) -> None:
+    try:
+        names_of(data)
+    except ValueError:
+        return
+
+
+def test_number_of_a_type_that_never_ends_takes_no_time() -> None:
+    """OpenSSL takes certificates of some 100 kB."""
+    attribute = element(0x06, b"\x81" * 100_000 + b"\1") + element(0x0C, b"x")
+    certificate = certificate_with(element(0x30, element(0x31, element(0x30, attribute))))
+    begin = time.process_time()
+
+    with pytest.raises(ValueError, match="too long"):
+        names_of(certificate)
+
+    assert time.process_time() - begin < 1
