@@ -26,6 +26,8 @@ from nbdkitpy.parameters import (
     parse_string,
     read_password,
 )
+from tests.fuzzing.attempts import attempted
+from tests.fuzzing.effort import fuzz
 
 MANY_DIGITS = "9" * 5000
 FULL_WIDTH_ONE = "\uff11"
@@ -789,3 +791,37 @@ def test_a_parameter_is_live_only_if_it_says_so() -> None:
     assert Parameter(parse_size, live=True).live
     assert Repeated(parse_size, live=True).live
     assert not any(parameter.live for parameter in (Unit.size, Unit.number, Unit.rule))
+
+
+# --- any text at all ---
+
+#: What the values of parameters are written with, and what may be taken for it.
+LIKE_VALUES = st.text(st.sampled_from("0123456789abfxX+-.:/%eEsmunkgμµ \t\n٣²½\0\udc80,"), max_size=25)
+
+
+@pytest.mark.parametrize(
+    "parse",
+    [
+        parse_string,
+        parse_size,
+        parse_bool,
+        parse_delay,
+        parse_probability,
+        parse_path,
+        parse_filename,
+        signed_64,
+        unsigned_64,
+        integer(1, 5),
+        choice("none", "default"),
+    ],
+)
+@fuzz(50)
+@given(text=LIKE_VALUES | st.text(max_size=25) | st.just(MANY_DIGITS))
+def test_any_text_is_a_value_or_a_configuration_error_of_one_line(parse: Callable[[str], object], text: str) -> None:
+    class Unit:
+        name = "unit"
+        key = Parameter(parse)
+
+    _, message = attempted(lambda: Unit.key.accept(Unit(), text), ConfigError)
+
+    assert not message or message.startswith("unit: key must be ")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nbdkitpy import ConfigError
 from nbdkitpy.config import DebugFlag
@@ -14,6 +17,8 @@ from nbdkitpy.config.file import Document, read_file
 from nbdkitpy.config.units import Given, Reference
 from nbdkitpy.protocol.constants import TlsMode
 from nbdkitpy.server.options import AddressFamily, Endpoint, Transport
+from tests.fuzzing.attempts import attempted
+from tests.fuzzing.effort import fuzz
 
 PAGE = Path(__file__).parents[2] / "docs" / "config.md"
 
@@ -312,6 +317,55 @@ def test_what_is_no_toml_is_told_with_its_place(path: Path, content: bytes, mess
 
     with pytest.raises(ConfigError, match=f"^{re.escape(str(path))} {message}"):
         read_file(str(path))
+
+
+KEYS = st.sampled_from(
+    ["server", "listen", "plugin", "filter", "name", "size", "port", "path", "address", "transport", "tls", "threads",
+     "timeout", "debug", "log", "read-only", "parameters", "file", "credential", "x", '"a b"', '""', '"\\u0007"']
+)  # fmt: skip
+SCALARS = st.sampled_from(
+    ["1", "-1", "0x7fffffff", "9" * 5000, "1.5", "inf", "nan", "true", '"tcp"', '"unix"', '"memory"', '"1G"', '"/x"',
+     '"\\u0000"', '"\\n"', '"ä"', "1979-05-27", "07:32:00", "[]", "{}"]
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda values: f"[{', '.join(values)}]")
+        | st.dictionaries(KEYS, inner, max_size=3).map(
+            lambda table: "{" + ", ".join(f"{key} = {value}" for key, value in table.items()) + "}"
+        )
+    ),
+    max_leaves=6,
+)
+LINES = (
+    st.builds("{} = {}".format, KEYS, VALUES)
+    | st.builds("[{}]".format, KEYS)
+    | st.builds("[[{}]]".format, KEYS)
+    | st.builds("[{}.{}]".format, KEYS, KEYS)
+    | st.text(max_size=10)
+)
+
+
+@fuzz(300)
+@given(
+    st.lists(LINES, max_size=8).map("\n".join).map(lambda text: text.encode("utf-8", "replace"))
+    | st.binary(max_size=50)
+)
+def test_any_file_says_something_or_is_a_configuration_error_of_one_line(content: bytes) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        document, message = attempted(lambda: read_file(file.name), ConfigError)
+    assert document is not None or message.startswith(file.name)
+
+
+def test_a_key_is_shown_so_that_a_terminal_does_not_act_on_it(path: Path) -> None:
+    assert complaint(path, r'"\u001b[2J" = 1').startswith(r'there is no key "\x1b[2J": there are server')
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 100_000, "x = " + "{x = " * 10_000, "x" + ".x" * 2000 + " = 1"])
+def test_nested_too_deeply_is_an_error(path: Path, text: str) -> None:
+    assert complaint(path, text)
 
 
 # --- the page about it ----------------------------------------------------------------------------------------------

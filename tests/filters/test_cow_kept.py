@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nbdkitpy import BlockSize, ConfigError, Flags, Handle
 from nbdkitpy.protocol.constants import Command
 from nbdkitpy_filters.cow import Cow, kept
 from tests.filters.disk import CLIENT, SETTINGS, DiskMachine, configured, extents, memory, patchy, write
 from tests.filters.test_cow import Below, Disks
+from tests.fuzzing.attempts import attempted
+from tests.fuzzing.effort import fuzz
 from tests.interop.harness import Server
 from tests.nbdclient import NbdClient
 from tests.serving import NoServer, make_stack
@@ -204,6 +208,37 @@ def test_damaged_entries_refuse_the_export(path: Path) -> None:
 
     with pytest.raises(OSError, match="the cow-file is damaged"):
         Life(path)
+
+
+EDGES = st.sampled_from([0, 1, 4096, 8192, SIZE, 1 << 31, 1 << 32, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+HEADERS = st.builds(
+    kept.Header,
+    block=st.sampled_from([BLOCK, 1, 4097, 1 << 13, 1 << 20, 1 << 31]),
+    size=st.sampled_from([SIZE, SIZE, 1 << 40]) | EDGES,
+    boot=st.sampled_from([BOOT, OTHER_BOOT, bytes(16)]),
+    name=st.sampled_from(["", "", "other", "x" * 4096, "ä"]),
+)
+CHANGES = st.lists(st.tuples(st.integers(0, HEADER + 40), st.integers(0, 255)), max_size=4)
+
+
+@fuzz(100)
+@given(HEADERS.map(kept.Header.packed) | st.binary(max_size=100), CHANGES, st.booleans())
+def test_whatever_is_in_the_file_is_used_or_refused(
+    beginning: bytes, changes: list[tuple[int, int]], is_cut: bool
+) -> None:
+    content = bytearray(beginning if is_cut else beginning.ljust(HEADER + BLOCK, b"\0"))
+    for place, value in changes:
+        if place < len(content):
+            content[place] = value
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        life, _ = attempted(lambda: Life(Path(file.name)), ConfigError, OSError)
+        if life is None:
+            return
+        assert len(life.handle.pread(SIZE, 0)) == SIZE
+        change(life.handle)
+        life.end()
 
 
 def test_a_file_in_use_is_refused(path: Path) -> None:

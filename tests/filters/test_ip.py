@@ -525,14 +525,21 @@ def test_numbers_are_taken_to_the_ends_of_their_range(value: str) -> None:
     assert [rule.text for rule in parse_rules(value)] == [value]
 
 
-@given(st.text())
-def test_any_text_is_rules_or_a_value_error(text: str) -> None:
+LIKE_RULES = st.text(st.sampled_from("0123456789abcdefx:./,%[]!*?-^\\ dnuipallOo="), max_size=30)
+KINDS = st.sampled_from(["", "", "", "dn:", "issuer-dn:", "uid:", "security:", "::ffff:", "10.0.0.0/"])
+
+
+@given(KINDS, LIKE_RULES | st.text())
+def test_any_text_is_rules_that_can_be_applied_or_a_value_error(kind: str, text: str) -> None:
+    text = kind + text
     try:
         rules = parse_rules(text)
     except ValueError as error:
         assert str(error).startswith("rules separated by commas (")  # noqa: PT017  # most texts are rules of no kind
-    else:
-        assert rules or not text
+        return
+    assert rules or not text
+    for client in (tcp("10.0.0.1"), tcp("::1"), Client(1, tls=True, tls_dn="CN=client", tls_issuer_dn="CN=ca")):
+        assert all(rule.matches(Peer.of(client)) in (True, False, None) for rule in rules)
 
 
 @given(st.text() | st.ip_addresses().map(str))

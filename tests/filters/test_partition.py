@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from nbdkitpy import BlockSize, ConfigError, Filter, Handle
 from nbdkitpy.stack import OpenExport
 from nbdkitpy_filters.partition import Partitions, register_filters
-from tests.partitions import EXTENDED, LINUX, PROTECTIVE, Entry, gpt_disk, gpt_header, mbr_disk, put
+from tests.fuzzing.attempts import attempted
+from tests.fuzzing.effort import fuzz
+from tests.partitions import EXTENDED, LINUX, PROTECTIVE, Entry, boot_record, gpt_disk, gpt_header, mbr_disk, put
 from tests.recording import configured, opened
 
 SECTORS = 4096
@@ -374,6 +376,71 @@ def test_no_table_leads_out_of_the_disk(chance: random.Random, number: int, is_g
     size = export.capabilities.size
     assert 0 < size <= len(disk)
     export.handle.pread(size, 0)
+
+
+#: Sectors, and lengths, at the edges of what numbers on a disk can say.
+EDGES = st.integers(0, 130) | st.sampled_from([199, 200, 512, 4096, (1 << 31) - 1, 1 << 31, (1 << 32) - 1])
+LARGE_EDGES = EDGES | st.sampled_from([1 << 55, (1 << 63) - 1, 1 << 63, (1 << 64) - 1])
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        **dict.fromkeys(("header_size", "entry_count", "entry_size"), EDGES),
+        **dict.fromkeys(("here", "other", "first", "last", "table"), LARGE_EDGES),
+    },
+)
+BLOCKS = st.sampled_from([None, BlockSize(1, 512, 512), BlockSize(512, 4096, 8192), BlockSize(4096, 4096, 1 << 20)])
+PARTITIONS_OF_A_GPT = st.lists(st.none() | st.tuples(LARGE_EDGES, LARGE_EDGES), max_size=4)
+ENTRIES = st.lists(st.builds(Entry, st.sampled_from([0, LINUX, EXTENDED, 0x0F, PROTECTIVE]), EDGES, EDGES), max_size=4)
+
+
+def assert_within_the_disk(disk: bytes, number: int, block: BlockSize | None, *parameters: str) -> None:
+    """See that either a partition within the disk is served, or the client is refused, and nothing left open."""
+    handle = Disk(disk, block)
+    export, _ = attempted(lambda: opened(Partitions(), handle, f"partition={number}", *parameters), OSError)
+    if export is None:
+        assert not handle.is_open
+        return
+    size = export.capabilities.size
+    assert 0 < size <= len(disk)
+    handle.block = None
+    export.handle.pread(size, 0)
+
+
+@fuzz(100)
+@given(FIELDS, FIELDS, PARTITIONS_OF_A_GPT, st.integers(1, 130), BLOCKS)
+def test_no_gpt_with_right_checksums_leads_out_of_the_disk(
+    first: dict[str, int],
+    second: dict[str, int],
+    partitions: list[tuple[int, int] | None],
+    number: int,
+    block: BlockSize | None,
+) -> None:
+    disk = bytearray(200 * 512)
+    put(disk, 0, boot_record([Entry(PROTECTIVE, 1, 199)]))
+    for backup, wrong in ((False, first), (True, second)):
+        header, entries = gpt_header(partitions, sectors=200, backup=backup, entry_count=8, wrong=wrong)
+        put(disk, 199 if backup else 1, header)
+        put(disk, 197 if backup else 2, entries)
+
+    assert_within_the_disk(bytes(disk), number, block)
+
+
+@fuzz(100)
+@given(st.dictionaries(st.integers(0, 129), ENTRIES, max_size=6), ENTRIES, st.integers(1, 12), BLOCKS)
+def test_no_chain_of_boot_records_leads_out_of_the_disk(
+    records: dict[int, list[Entry]], first: list[Entry], number: int, block: BlockSize | None
+) -> None:
+    disk = mbr_disk(200, {**records, 0: first})
+
+    assert_within_the_disk(bytes(disk), number, block)
+
+
+@fuzz(100)
+@given(st.binary(max_size=1500), st.integers(1, 6), BLOCKS, st.sampled_from(["512", "4096"]))
+def test_no_content_of_a_disk_is_more_than_an_error(
+    content: bytes, number: int, block: BlockSize | None, sector_size: str
+) -> None:
+    assert_within_the_disk(content, number, block, f"partition-sectorsize={sector_size}")
 
 
 # --- odds and ends --------------------------------------------------------------------------------------------------

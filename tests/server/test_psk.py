@@ -10,10 +10,13 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nbdkitpy import ConfigError
 from nbdkitpy.protocol.constants import TlsMode
@@ -23,6 +26,8 @@ from nbdkitpy.server.credentials import psk_context
 from nbdkitpy.server.psk import Keys, read_keys, use_keys
 from nbdkitpy.server.tls import Tls
 from nbdkitpy.server.transport import SocketTransport, Stream
+from tests.fuzzing.attempts import attempted
+from tests.fuzzing.effort import fuzz
 from tests.nbdclient import PATIENCE
 
 KEY = "00112233445566778899aabbccddeeff"
@@ -107,6 +112,27 @@ def test_t9_name_of_a_user_is_escaped_in_the_log(caplog: pytest.LogCaptureFixtur
     Keys({b"alice": b"k" * 32}).key_of(b"x\n\x1b[31m\xff")
 
     assert caplog.messages == ['TLS: there is no user "x\\n\\x1b[31m\\xff" in the file of pre-shared keys']
+
+
+PIECES = st.sampled_from(
+    [b":", b"\n", b"\r\n", b"#", b" ", b"\0", b"user", b":00112233445566778899\n", b"0011", b"\xff", b"\x85"]
+)
+
+
+@fuzz(150)
+@given(st.lists(PIECES | st.binary(max_size=5), max_size=12).map(b"".join))
+def test_any_file_has_keys_or_is_a_configuration_error_that_tells_none(content: bytes) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        keys, message = attempted(lambda: read_keys(file.name), ConfigError)
+    if keys is None:
+        assert "0011" not in message.removeprefix(f"--tls-psk: {file.name}")
+        return
+    for line in filter(bytes.strip, content.splitlines()):
+        user, _, key = line.rpartition(b":")
+        name = bytes.fromhex(user[1:].decode()) if user.startswith(b"#") else user
+        assert keys.key_of(name) == bytes.fromhex(key.decode())
 
 
 # --- Pythons in which it cannot be done ---
