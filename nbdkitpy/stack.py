@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
@@ -29,6 +30,8 @@ from nbdkitpy.backend import (
 from nbdkitpy.exceptions import ConfigError, UnitError
 
 __all__ = ["MAX_EXPORTS", "Capabilities", "OpenExport", "Stack"]
+
+_logger = logging.getLogger("nbdkitpy")
 
 #: A list of exports longer than this is an error of the plugin, as in nbdkit.
 MAX_EXPORTS = 10_000
@@ -363,6 +366,7 @@ class Stack:
             layer.config_complete()
         models = {layer: _thread_model(layer) for layer in self.layers}
         self.model = min(models.values())
+        _logger.debug("thread model of the whole stack: %s", self.model.name.lower())
         if self._multi_process:
             for layer, model in models.items():
                 _check_processes(layer, model)

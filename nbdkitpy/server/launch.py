@@ -181,7 +181,6 @@ class _Life:
 
     def make_ready(self, reload: Callable[[], None]) -> None:
         _call("config_complete", self._stack.config_complete)
-        _logger.debug("thread model of the whole stack: %s", self._stack.model.name.lower())
         _call("get_ready", self._stack.get_ready)
         # From here on there are files to remove, so a signal must no longer end us where we stand.
         self._undo.enter_context(self._signals(reload))
