@@ -55,8 +55,6 @@ class Background:
             OSError: the system refuses. This may be in either process.
         """
         check_threads("go into the background", "use -f")
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()  # else what is in the buffers would be written twice
         receiving, sending = os.pipe()
         pid = fork()
         if pid:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
+from collections.abc import Callable
+from typing import NoReturn
 
 from nbdkitpy.exceptions import ConfigError
+from nbdkitpy.server.failures import report
 
-__all__ = ["SIGNALS", "check_threads", "fork", "unblock_signals"]
+__all__ = ["SIGNALS", "check_threads", "described_exit", "exit_status", "fork", "live_and_exit", "unblock_signals"]
 
 #: Those that tell a server to end or to reload.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
@@ -36,6 +40,7 @@ def fork() -> int:
     Raises:
         OSError: the system refuses. Nothing has changed.
     """
+    _flush()  # else what is in the buffers would be written twice
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         return os.fork()
@@ -47,3 +52,44 @@ def fork() -> int:
 def unblock_signals() -> None:
     """Let signals come."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def live_and_exit(live: Callable[[], int], what: str) -> NoReturn:
+    """End this process, which has been forked, with the exit status that `live` returns.
+
+    Not by an exception: nothing of the process that it was forked from is undone here, or at the interpreter's exit.
+
+    Args:
+        live: All that it does.
+        what: What it is, for the message about an exception.
+    """
+    status = 1
+    try:
+        status = live()
+        _flush()
+    except BaseException as error:
+        report(what, error)
+    finally:
+        os._exit(status)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+
+
+def exit_status(pid: int) -> int:
+    """Return the exit status of a process that has to have ended, or minus the signal that ended it."""
+    try:
+        os.kill(pid, signal.SIGKILL)  # which is nothing to one that has; of another we could wait for ever
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except (ProcessLookupError, ChildProcessError):  # a unit has waited for any child there is
+        return 0
+
+
+def described_exit(status: int) -> str:
+    """Return what became of a process, as in "the worker has ended with exit status 1"."""
+    if status >= 0:
+        return f"has ended with exit status {status}"
+    names = {each.value: each.name for each in signal.Signals}
+    return f"was killed by {names.get(-status, f'signal {-status}')}"

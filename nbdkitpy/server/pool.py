@@ -8,16 +8,21 @@ import functools
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
-from typing import NoReturn
 
 from nbdkitpy.backend import SharedCount
 from nbdkitpy.server import linux
 from nbdkitpy.server.channel import Channel, Kind
 from nbdkitpy.server.failures import Reported, report
-from nbdkitpy.server.forking import check_threads, fork, unblock_signals
+from nbdkitpy.server.forking import (
+    check_threads,
+    described_exit,
+    exit_status,
+    fork,
+    live_and_exit,
+    unblock_signals,
+)
 from nbdkitpy.server.front import Front, described_clients
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.process_count import ProcessCount
@@ -130,8 +135,6 @@ class Pool(Front):
             OSError: the system has no room for it.
         """
         ours, theirs = Channel.pair()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()  # else what is in the buffers would be written twice
         try:
             pid = fork()
         except OSError:
@@ -140,29 +143,20 @@ class Pool(Front):
             raise
         if not pid:
             ours.close()
-            self._be_worker(number, theirs)
+            live_and_exit(lambda: self._live_as_worker(number, theirs), f"worker {number}")
         unblock_signals()
         theirs.close()
         process = self._processes[number] = _Process(number, pid, ours, time.monotonic())
         self._watch(ours.fileno(), functools.partial(self._hear, process))
         return process
 
-    def _be_worker(self, number: int, channel: Channel) -> NoReturn:
-        # Not by an exception: nothing of the main process may be undone here, or at the interpreter's exit.
-        status = 1
-        try:
-            settle(number)
-            self._forget_main(number, channel)
-            assert self._live is not None, "start_workers has set it"
-            worker = Worker(self.options, channel)
-            worker.tls = self.tls
-            status = self._live(worker.serve)
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-        except BaseException as error:
-            report(f"worker {number}", error)
-        finally:
-            os._exit(status)
+    def _live_as_worker(self, number: int, channel: Channel) -> int:
+        settle(number)
+        self._forget_main(number, channel)
+        assert self._live is not None, "start_workers has set it"
+        worker = Worker(self.options, channel)
+        worker.tls = self.tls
+        return self._live(worker.serve)
 
     def _forget_main(self, number: int, channel: Channel) -> None:
         """Leave to the main process what is its own."""
@@ -238,7 +232,7 @@ class Pool(Front):
         status = self._reap(process)
         self._all_well &= status == 0 or not self._is_ending
         if status < 0 or not (self._is_starting or self._is_ending):  # else it has said itself what there is to say
-            how, clients = _described(status), described_clients(process.clients)
+            how, clients = described_exit(status), described_clients(process.clients)
             self._log.error("%s %s: %s disconnected", process, how, clients)
         if self._replaces:
             now = time.monotonic()
@@ -248,7 +242,7 @@ class Pool(Front):
         """See that a worker has ended and leaves nothing behind; return its exit status, or minus a signal's number."""
         self._unwatch(process.channel.fileno())
         process.channel.close()
-        status = _exit_status(process.pid)
+        status = exit_status(process.pid)
         process.is_buried = True
         del self._processes[process.number]
         for count in self._counts:
@@ -323,19 +317,3 @@ class Pool(Front):
             self._log.error("%s does not end, and is killed", process)
             self._reap(process)
             self._all_well = False
-
-
-def _exit_status(pid: int) -> int:
-    """Wait for the end of a process that has to have ended."""
-    try:
-        os.kill(pid, signal.SIGKILL)  # which is nothing to one that has; of another we could wait for ever
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    except (ProcessLookupError, ChildProcessError):  # a unit has waited for any child there is
-        return 0
-
-
-def _described(status: int) -> str:
-    if status >= 0:
-        return f"has ended with exit status {status}"
-    names = {each.value: each.name for each in signal.Signals}
-    return f"was killed by {names.get(-status, f'signal {-status}')}"

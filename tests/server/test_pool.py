@@ -20,6 +20,7 @@ import pytest
 from nbdkitpy.protocol.constants import Command
 from nbdkitpy.server import pool as module
 from nbdkitpy.server.channel import Channel, Kind
+from nbdkitpy.server.forking import described_exit
 from tests.interop.harness import PATIENCE
 from tests.nbdclient import NbdClient, Refused
 from tests.pools import Pool, dial, ended, events, eventually, kill_worker_of, popen, prepared, run, worker_of
@@ -792,4 +793,4 @@ def test_ends_of_children_can_be_told_even_if_who_started_us_ignores_them(worker
     ],
 )
 def test_the_end_of_a_worker_is_described(status: int, text: str) -> None:
-    assert module._described(status) == text
+    assert described_exit(status) == text
