@@ -413,7 +413,9 @@ class Backend:
     :meth:`after_fork` to :meth:`cleanup`; the main process does the rest, :meth:`preconnect` too.
     """
 
-    name: ClassVar[str] = ""  #: as in the entry point: ASCII letters, digits, ``-`` and ``_``
+    #: As in the entry point: ASCII letters, digits, ``-`` and ``_``. Without an entry point it may be left out, and is
+    #: that of the class in small letters.
+    name: ClassVar[str] = ""
     longname: ClassVar[str] = ""  #: a few words, for people
     description: ClassVar[str] = ""  #: a sentence or two for ``--help``
     version: ClassVar[str] = ""

@@ -1,7 +1,8 @@
 """Finds plugins and filters by their entry points, and loads the one that is asked for; nothing else is imported.
 
 A package offers a unit by an entry point of the group ``nbdkitpy.plugins`` or ``nbdkitpy.filters``: the unit's name,
-and the module whose hook registers its class. In-tree units are found in the same way.
+and the module whose hook registers its class. In-tree units are found in the same way. A unit that is not installed,
+or has no name, is asked for by where its code is: see :mod:`nbdkitpy.located`.
 """
 
 from __future__ import annotations
@@ -61,15 +62,21 @@ class Offer(NamedTuple):
 class Unit(Generic[B]):
     """A plugin or filter that has been loaded: its class, where that is, and who offers it."""
 
-    def __init__(self, cls: type[B], offer: Offer, path: str) -> None:
+    def __init__(self, cls: type[B], word: str, path: str, offer: Offer | None = None) -> None:
         self.cls = cls
-        self.offer = offer
+        self.word = word  #: by which it was asked for
         self.path = path  #: file of the module, "" if there is none
+        self.offer = offer  #: None if it was asked for by where its code is
+
+    @property
+    def distribution(self) -> str:
+        """Return the distribution that offers it, "" if none does."""
+        return self.offer.distribution if self.offer else ""
 
     @property
     def version(self) -> str:
-        """Return the version that the unit states, else its distribution's."""
-        return self.cls.version or self.offer.version
+        """Return the version that the unit states, else its distribution's; "" if there is none."""
+        return self.cls.version or (self.offer.version if self.offer else "")
 
 
 class Registry:
@@ -84,28 +91,34 @@ class Registry:
             self._offers[kind] = sorted(_offers(kind.group))
         return self._offers[kind]
 
-    def plugin(self, name: str) -> Unit[Plugin]:
-        """Load the plugin `name`.
+    def plugin(self, word: str) -> Unit[Plugin]:
+        """Load the plugin of which `word` is the name, or says where its code is.
 
         Raises:
-            UnitError: there is none or more than one of that name, or it is not what its entry point says.
+            UnitError: there is none or more than one, or it is not what its entry point says.
         """
-        return self._load(Kind.PLUGIN, Plugin, name)
+        return self._load(Kind.PLUGIN, Plugin, word)
 
-    def filter(self, name: str) -> Unit[Filter]:
-        """Load the filter `name`; raises as :meth:`plugin` does."""
-        return self._load(Kind.FILTER, Filter, name)
+    def filter(self, word: str) -> Unit[Filter]:
+        """Load a filter; raises as :meth:`plugin` does."""
+        return self._load(Kind.FILTER, Filter, word)
 
-    def _load(self, kind: Kind, base: type[B], name: str) -> Unit[B]:
+    def _load(self, kind: Kind, base: type[B], word: str) -> Unit[B]:
+        if _NAME.fullmatch(word):
+            return self._installed(kind, base, word)
+        from nbdkitpy.located import find  # most units are asked for by name
+
+        cls, module = find(base, word, lambda module: _registered(kind, module))
+        return Unit(cls, word, _file(module))
+
+    def _installed(self, kind: Kind, base: type[B], name: str) -> Unit[B]:
         offer = self._find(kind, name)
         what = f'{kind.value} "{name}" of {offer}'
-        module, registered = _registered(kind, offer, what)
+        module, registered = _imported(kind, offer, what)
         cls = _pick(base, name, what, registered)
-        return Unit(cls, offer, getattr(module, "__file__", None) or "")
+        return Unit(cls, name, _file(module), offer)
 
     def _find(self, kind: Kind, name: str) -> Offer:
-        if _NAME.fullmatch(name) is None:
-            raise UnitError(f"the name of a {kind.value} has letters, digits, - and _ only, not {name!r}")
         found = [offer for offer in self.names(kind) if offer.name == name]
         if not found:
             raise UnitError(self._unknown(kind, name))
@@ -150,23 +163,28 @@ def _offers_of(read_text: ReadText, group: str) -> list[Offer]:
         return []
 
 
-def _registered(kind: Kind, offer: Offer, what: str) -> tuple[ModuleType, list[object]]:
+def _imported(kind: Kind, offer: Offer, what: str) -> tuple[ModuleType, list[object]]:
     """Import the module of `offer`, and return it with what its hook registers."""
     if _MODULE.fullmatch(offer.module) is None:
         raise UnitError(f"{what}: its entry point must name a module, not {offer.module!r}")
+    try:
+        module = importlib.import_module(offer.module)
+        return module, _registered(kind, module)
+    except (Exception, SystemExit) as error:
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UnitError(f"{what} cannot be loaded: {cause}") from error
+
+
+def _registered(kind: Kind, module: ModuleType) -> list[object]:
+    """Return what the hook of `module` registers."""
     registered: list[object] = []
     # One manager for each: a module may offer several units, and pluggy registers a module once only.
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     getattr(manager.hook, kind.hook).call_historic(kwargs={"register": registered.append})
-    try:
-        module = importlib.import_module(offer.module)
-        manager.register(module, name=f"{kind.value}:{offer.name}")  # the historic hook is called by this
-        manager.check_pending()  # a misspelt hook would be passed over in silence
-    except (Exception, SystemExit) as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UnitError(f"{what} cannot be loaded: {cause}") from error
-    return module, registered
+    manager.register(module)  # the historic hook is called by this
+    manager.check_pending()  # a misspelt hook would be passed over in silence
+    return registered
 
 
 def _pick(base: type[B], name: str, what: str, registered: Sequence[object]) -> type[B]:
@@ -183,3 +201,7 @@ def _pick(base: type[B], name: str, what: str, registered: Sequence[object]) -> 
         others = ", ".join(repr(cls.name) for cls in classes) or "none at all"
         raise UnitError(f'{what} registers no class whose name is "{name}" (it registers: {others})')
     return named[0]
+
+
+def _file(module: ModuleType) -> str:
+    return getattr(module, "__file__", None) or ""

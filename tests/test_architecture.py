@@ -15,8 +15,8 @@ LAYERS = (
     {"config"},
     {"server", "registry"},
     {"protocol", "stack", ""},  # "" is the package's own __init__.py, for its version
-    {"hookspecs", "ranges"},
-    {"backend"},
+    {"hookspecs", "located", "ranges"},
+    {"backend", "modules"},
     {"distributions", "extents", "locks", "log", "parameters"},
     {"exceptions"},
 )

@@ -76,7 +76,7 @@ def test_plugin_is_the_class_of_the_entry_points_name(install: Install, tmp_path
     assert issubclass(unit.cls, Plugin)
     assert unit.cls.name == "disk"
     assert unit.path == str(tmp_path / "acme_disk.py")
-    assert (unit.offer.distribution, unit.version) == ("acme-disk", "1.0")
+    assert (unit.distribution, unit.version) == ("acme-disk", "1.0")
 
 
 def test_one_module_may_offer_several_units_of_both_kinds(install: Install) -> None:
@@ -161,7 +161,7 @@ def test_unknown_unit_that_is_near_to_nothing_has_no_suggestion(install: Install
     assert text.startswith('there is no filter "ip": nbdkitpy --list-filters')
 
 
-@pytest.mark.parametrize("name", ["../x", "a/b", "x;y", "", "x\n", "x.py", "é", "１"])
+@pytest.mark.parametrize("name", ["x;y", "", "x\n", "x.", "é", "１"])
 def test_name_that_is_no_short_name_is_refused_before_anything_is_looked_up(install: Install, name: str) -> None:
     assert failure(Kind.PLUGIN, name).endswith(f"has letters, digits, - and _ only, not {name!r}")
 

@@ -213,6 +213,8 @@ def _complete_filter(ctx: click.Context, param: click.Parameter, incomplete: str
 
 
 def _complete_unit(kind: Kind, incomplete: str) -> list[CompletionItem]:
+    if "/" in incomplete or incomplete.startswith("."):
+        return [_item(incomplete, type="file")]
     offers = Registry().names(kind)
     return [_item(offer.name, help=str(offer)) for offer in offers if offer.name.startswith(incomplete)]
 

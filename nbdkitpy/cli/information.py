@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import click
 
 import nbdkitpy
-from nbdkitpy.backend import Backend, Plugin, ThreadModel
+from nbdkitpy.backend import Backend, Filter, Plugin, ThreadModel
 from nbdkitpy.cli.grammar import PROGRAM, Units
 from nbdkitpy.config import read_words, with_keys
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.parameters import Parameter
-from nbdkitpy.registry import Kind, Registry
+from nbdkitpy.registry import Kind, Registry, Unit
 from nbdkitpy.stack import Stack
 
 __all__ = ["dump", "host_facts", "list_units", "plugin_facts", "show_help", "show_version"]
@@ -39,27 +39,33 @@ _DUMPED_METHODS = (
 )
 
 
-def list_units(kind: Kind) -> int:
-    """Print what is installed of one kind."""
-    offers = Registry().names(kind)
-    width = max((len(offer.name) for offer in offers), default=0)
-    for offer in offers:
-        click.echo(f"{offer.name:{width}}  {offer}")
+def list_units(kind: Kind, words: Iterable[str]) -> int:
+    """Print what is installed of one kind, and then what else `words` ask for: they say where its code is."""
+    registry = Registry()
+    rows = [(offer.name, str(offer)) for offer in registry.names(kind)]
+    rows += [(unit.cls.name, unit.path or unit.word) for unit in map(_loader(registry, kind), words)]
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, origin in rows:
+        click.echo(f"{name:{width}}  {origin}")
     return 0
+
+
+def _loader(registry: Registry, kind: Kind) -> Callable[[str], Unit[Plugin] | Unit[Filter]]:
+    return registry.plugin if kind is Kind.PLUGIN else registry.filter
 
 
 def show_version(units: Units) -> int:
     """Print our version, and that of each of the units."""
     click.echo(f"{PROGRAM} {nbdkitpy.__version__}")
     for unit in units:
-        click.echo(f"{unit.cls.name} {unit.version}")
+        click.echo(f"{unit.cls.name} {unit.version}".rstrip())
     return 0
 
 
 def show_help(units: Units, words: Iterable[str]) -> int:
     """Print what the units are, which parameters they take, and what the plugin says of those in `words`."""
     formatter = click.HelpFormatter(width=100)
-    formatter.write_usage(PROGRAM, f"[OPTIONS] {units[-1].cls.name} [[KEY=]VALUE | @PATH]...")
+    formatter.write_usage(PROGRAM, f"[OPTIONS] {units[-1].word} [[KEY=]VALUE | @PATH]...")
     for unit in units:
         _write_unit_help(formatter, unit.cls)
     more = _plugin_help(units, words)
@@ -147,8 +153,8 @@ def plugin_facts(units: Units, stack: Stack) -> dict[str, object]:
     facts: dict[str, object] = {
         "path": unit.path,
         "name": plugin.name,
-        "version": unit.version,
-        "distribution": unit.offer.distribution,
+        **({"version": unit.version} if unit.version else {}),
+        **({"distribution": unit.distribution} if unit.distribution else {}),
         "thread_model": ThreadModel(plugin.thread_model()).name.lower(),
         **({"magic_config_key": magic} if magic else {}),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,22 +105,37 @@ def _answer(ctx: click.Context, given: Mapping[str, Any]) -> int:
     """Do what the options ask for, and return the exit status."""
     for kind in Kind:
         if given[f"list_{kind.value}s"]:
-            return information.list_units(kind)
+            with _debugging(given):
+                return information.list_units(kind, _located(kind, given))
     document = _document(given["config"])
     plugin, words = _plugin_and_words(given, document)
     if plugin is None:
         return _answer_without_plugin(ctx, given)
     filters = (*given["filters"], *(table.name for table in (document.filters if document else ())))
-    if given["help"]:
-        return information.show_help(load(Registry(), plugin, filters), words)
-    if given["version"]:
-        return information.show_version(load(Registry(), plugin, filters))
+    if given["help"] or given["version"]:
+        with _debugging(given):
+            units = load(Registry(), plugin, filters)
+            return information.show_help(units, words) if given["help"] else information.show_version(units)
     invocation: Invocation = ctx.obj
     config = _configuration(given, plugin, words, filters, document, invocation.activation)
     for question, about_stack in _ABOUT_STACK.items():
         if given[question]:
             return start.ask(config, about_stack)
     return start.serve(config, parent=invocation.parent)
+
+
+def _debugging(given: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Where units may be loaded only to tell of them: why one cannot be is shown if that is asked for."""
+    return log.setup("stderr", verbose=bool(given["verbose"]))
+
+
+def _located(kind: Kind, given: Mapping[str, Any]) -> list[str]:
+    """The words that ask for units of this kind by where their code is."""
+    from nbdkitpy.modules import parse
+
+    plugin = given["plugin"]
+    words = given["filters"] if kind is Kind.FILTER else [] if plugin is None or is_parameter(plugin) else [plugin]
+    return [word for word in words if parse(word) is not None]
 
 
 def _answer_without_plugin(ctx: click.Context, given: Mapping[str, Any]) -> int:

@@ -189,7 +189,7 @@ def _reloader(loaded: Loaded) -> Callable[[], list[str]] | None:
         return None
     from nbdkitpy.config.reload import Reloader
 
-    return Reloader(loaded.config.file, loaded.stack, loaded.configured)
+    return Reloader(loaded.config.file, loaded.stack, loaded.configured, loaded.config.plugin)
 
 
 def _notifier() -> Notifier | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
+from nbdkitpy import modules
 from nbdkitpy.config.settings import SETTINGS, ServerConfig, Setting, value_in
 from nbdkitpy.config.units import Configured, Given, Reference
 from nbdkitpy.exceptions import ConfigError
@@ -30,9 +31,9 @@ def to_toml(config: ServerConfig, stack: Stack, configured: Configured) -> str:
     for endpoint in config.server.endpoints:
         if endpoint.fd is None:  # else a service manager settles it, and no file can
             lines += ["", "[[listen]]", *_endpoint(endpoint)]
-    for layer in stack.layers:
+    for layer, word in zip(stack.layers, (*config.filters, config.plugin)):
         table = "[plugin]" if layer is stack.plugin else "[[filter]]"
-        lines += ["", table, f"name = {_string(layer.name)}"]
+        lines += ["", table, f"name = {_string(_name(word))}"]
         for (owner, key), given in configured.given.items():
             if owner is layer:
                 lines.append(_parameter(key, layer.parameters.get(key), given))
@@ -73,6 +74,11 @@ def _endpoint(endpoint: Endpoint) -> Iterator[str]:
 
 
 # --- [plugin] and [[filter]] ---
+
+
+def _name(word: str) -> str:
+    """What names a unit wherever the file is read."""
+    return str(modules.parse(word) or word)
 
 
 def _parameter(key: str, parameter: Parameter[object] | None, given: Given) -> str:

@@ -24,15 +24,15 @@ class Reloader:
         document: The file as the server was started with it.
         stack: It was configured by it.
         configured: By what.
+        plugin: The word by which the plugin was asked for.
     """
 
-    def __init__(self, document: Document, stack: Stack, configured: Configured) -> None:
+    def __init__(self, document: Document, stack: Stack, configured: Configured, plugin: str) -> None:
         self._document = document
         self._stack = stack
         self._configured = configured
         # What was not given by the file is not to be changed by it: a plugin may have been named on the command line.
-        plugin = document.plugin
-        self._uses_plugin = plugin is not None and plugin.name == stack.plugin.name
+        self._uses_plugin = document.plugin is not None and document.plugin.name == plugin
         self._running = {
             layer: {key: read_texts(layer, key, table) for key in _live(layer)}
             for layer, table in self._tables(document)

@@ -79,7 +79,8 @@ def serve(
     signals, no standard streams; messages go to the logger ``nbdkitpy``, to which no handler is added.
 
     Args:
-        plugin: The name of one that is installed, a class, or an instance, which serves once.
+        plugin: The name of one that is installed, the path of a file that has one, ``package.module:Class``, a class,
+            or an instance, which serves once.
         parameters: As on the command line: each goes to the outermost layer that takes it. Text is read as it is read
             there, and so are numbers, truth values and paths when they have been made texts.
         filters: Outermost first; a pair of one and parameters gives those to it alone.

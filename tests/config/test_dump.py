@@ -51,7 +51,8 @@ def dumped(
 ) -> str:
     stack = Stack(Disk(), filters, NoServer())
     configured = configure(stack, words, [UnitTable("disk", "FILE", parameters or {})])
-    return to_toml(server_config(values, "disk"), stack, configured)
+    config = server_config(values, "disk", filters=[each.name for each in filters])
+    return to_toml(config, stack, configured)
 
 
 def read(text: str, tmp_path: Path) -> Document:

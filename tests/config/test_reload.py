@@ -55,7 +55,7 @@ class Service:
         is_files = document.plugin is not None and document.plugin.name == plugin.name
         own = document.plugin if is_files and document.plugin else UnitTable(plugin.name, "")
         configured = configure(self.stack, words, [*document.filters, own])
-        self.reloader = Reloader(document, self.stack, configured)
+        self.reloader = Reloader(document, self.stack, configured, plugin.name)
 
     def reload(self, text: str) -> list[str]:
         """What is said of a reload with this text, without the file's path."""

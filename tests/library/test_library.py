@@ -182,6 +182,17 @@ def test_a_plugin_is_a_class_or_an_instance_or_a_name() -> None:
     assert sizes == [3 << 20, 2 << 20, 1 << 20]
 
 
+def test_a_plugin_is_given_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = tmp_path / "library_test_zeroes.py"
+    file.write_text("from nbdkitpy_plugins.null import Null\n\n\nclass Zeroes(Null):\n    pass\n")
+
+    with serve(str(file), {"size": "1M"}) as server, client_of(server) as client:
+        assert client.read(0, 3) == bytes(3)
+
+    del sys.modules["library_test_zeroes"]
+
+
 def test_values_are_texts_as_on_the_command_line_or_what_stands_for_them(tmp_path: Path) -> None:
     disk = Disk()
     parameters: Parameters = {"size": 1 << 20, "depth": "0x10", "label": True, "path": tmp_path, "tag": ["a", 1.5, "b"]}
