@@ -27,7 +27,18 @@ if TYPE_CHECKING:
     from nbdkitpy.server.launch import Servable
     from nbdkitpy.server.notify import Notifier
 
-__all__ = ["Loaded", "ask", "check_config", "dump_config", "dump_plugin", "serve"]
+__all__ = [
+    "Loaded",
+    "Prepared",
+    "ask",
+    "check_config",
+    "dump_config",
+    "dump_plugin",
+    "log_of",
+    "prepare",
+    "run",
+    "serve",
+]
 
 #: What nbdkit's users set by -D on the server itself. Requests are never logged here, so there is nothing to set.
 _SERVER_DEBUG_FLAGS = frozenset({"backend.controlpath", "backend.datapath"})
@@ -47,31 +58,38 @@ def serve(config: ServerConfig, parent: int) -> int:
     """Serve what `config` says until the server is told to end; return the exit status.
 
     Args:
+        config: What is to be served.
         parent: The process that started this one, for ``--exit-with-parent``.
     """
     from nbdkitpy.server.launch import exit_with_parent, report
 
     notifier = _notifier()  # takes variables away that no child of a unit may see
-    with log.setup(
+    with log_of(config):
+        try:
+            if config.exit_with_parent:
+                exit_with_parent(parent)
+            prepared = _supervised(config) if config.reload else prepare(config)
+        except Exception as error:  # a unit's may be anything
+            report("cannot start", error)
+            return 1
+        return run(config, prepared, notifier, announce=config.verbose or sys.stderr.isatty())
+
+
+def _supervised(config: ServerConfig) -> Prepared:
+    from nbdkitpy.cli.development import prepare  # for those who write units
+
+    return prepare(config)
+
+
+def log_of(config: ServerConfig) -> contextlib.AbstractContextManager[None]:
+    """Set up the logging that `config` asks for."""
+    return log.setup(
         config.log,
         name=config.name,
         verbose=config.verbose,
         format=config.log_format,
         background=config.background,
-    ):
-        try:
-            if config.exit_with_parent:
-                exit_with_parent(parent)
-            server = _server(config)
-            server.tls = load_tls(config.server)
-            with contextlib.ExitStack() as undo:
-                loaded = _load(config, server, undo)
-                reload = _reloader(loaded)
-                undo.pop_all()  # launch sees to it
-        except Exception as error:  # a unit's may be anything
-            report("cannot start", error)
-            return 1
-        return _launch(config, server, loaded.stack, notifier, reload)
+    )
 
 
 def ask(config: ServerConfig, answer: Callable[[Loaded], int]) -> int:
@@ -130,10 +148,17 @@ def check_config(loaded: Loaded) -> int:
 # --- the stack ---
 
 
-def _load(config: ServerConfig, server: ServerControl, undo: contextlib.ExitStack) -> Loaded:
+def _load(
+    config: ServerConfig,
+    server: ServerControl,
+    undo: contextlib.ExitStack,
+    look_at: Callable[[Stack], None] | None = None,
+) -> Loaded:
     units = load(Registry(), config.plugin, config.filters)
     stack = _loaded_stack(units, server, config)
     undo.callback(stack.unload)
+    if look_at is not None:
+        look_at(stack)
     return Loaded(config, units, stack, configure(stack, config.parameters, config.tables))
 
 
@@ -170,6 +195,33 @@ def _set_debug_flags(layers: Sequence[Backend], flags: Iterable[DebugFlag]) -> N
 # --- the server ---
 
 
+class Prepared(NamedTuple):
+    """A server, not yet bound, and what it serves."""
+
+    server: Servable
+    stack: Stack
+    reload: Callable[[], list[str]] | None
+
+
+def prepare(config: ServerConfig, look_at: Callable[[Stack], None] | None = None) -> Prepared:
+    """Load what `config` says, give it its parameters, and make a server for it.
+
+    Args:
+        config: What is to be served.
+        look_at: Called with the stack before that has any parameters.
+
+    Raises:
+        Exception: whatever a unit raises.
+    """
+    server = _server(config)
+    server.tls = load_tls(config.server)
+    with contextlib.ExitStack() as undo:
+        loaded = _load(config, server, undo, look_at)
+        reload = _reloader(loaded)
+        undo.pop_all()  # launch sees to it
+    return Prepared(server, loaded.stack, reload)
+
+
 def _server(config: ServerConfig) -> Servable:
     if config.single:
         from nbdkitpy.server.single import Single
@@ -201,24 +253,26 @@ def _notifier() -> Notifier | None:
     return Notifier(os.environ)
 
 
-def _launch(
-    config: ServerConfig,
-    server: Servable,
-    stack: Stack,
-    notifier: Notifier | None,
-    reload: Callable[[], list[str]] | None,
-) -> int:
+def run(config: ServerConfig, prepared: Prepared, notifier: Notifier | None, *, announce: bool) -> int:
+    """Serve until the server is told to end; return the exit status.
+
+    Args:
+        config: What `prepared` was made of.
+        prepared: Ended in any case.
+        notifier: Is told how the server is.
+        announce: Say on standard error what is listened on.
+    """
     from nbdkitpy.server.launch import launch
 
     gc.freeze()  # what is there by now stays: no collection has to go through it, the first one of all or later ones
     gc.enable()  # it has been off since main
     return launch(
-        server,
-        stack,
+        prepared.server,
+        prepared.stack,
         command=config.run,
         pidfile=config.server.pidfile,
         export_name=config.server.export_name,
-        announce=config.verbose or sys.stderr.isatty(),
+        announce=announce,
         print_uri=config.print_uri,
         background=config.background,
         user=config.user,
@@ -226,5 +280,5 @@ def _launch(
         swap=config.swap,
         selinux_label=config.selinux_label,
         notifier=notifier,
-        reload=reload,
+        reload=prepared.reload,
     )

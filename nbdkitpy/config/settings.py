@@ -34,6 +34,7 @@ class ServerConfig(NamedTuple):
     single: bool = False  #: one connection, on standard input and output
     background: bool = True
     print_uri: bool = False
+    reload: bool = False  #: serve anew whenever the code of a unit has changed
     log: str = "default"
     log_format: str = "text"
     name: str = ""
@@ -93,6 +94,9 @@ _TIME = (str, int, float)
 
 #: Settings that say where to listen. A file has its tables [[listen]] for that.
 LISTENING = frozenset({"address", "address_family", "port", "unix", "vsock"})
+
+#: Settings that exclude --reload. As another user the command of --run would have more rights than the units.
+_NOT_RELOADED = ("single", "user", "group")
 
 SETTINGS = (
     # Where to listen.
@@ -262,6 +266,11 @@ SETTINGS = (
         "Serve only while this shell command runs; it finds $uri set. Implies -U - unless an address is given.",
         metavar="COMMAND",
     ),
+    Setting(
+        "reload",
+        ("--reload",),
+        "For development: serve anew, on the same sockets, when the code of PLUGIN or of a filter changes.",
+    ),
     Setting("user", ("-u", "--user"), "User to become, once everything is open.", metavar="USER", key="user"),
     Setting("group", ("-g", "--group"), "Group to become, likewise.", metavar="GROUP", key="group"),
     Setting("swap", ("--swap",), "Lock all memory, so that it can serve swap space to this machine.", key="swap"),
@@ -346,7 +355,10 @@ def server_config(
     """
     if values.get("single") and values.get("workers"):
         raise ConfigError("--workers: with -s there is one client, which one process serves; leave one of them out")
-    own_terminal = any(values.get(name) for name in ("foreground", "run", "single", "exit_with_parent"))
+    for other in _NOT_RELOADED:
+        if values.get("reload") and values.get(other):
+            raise ConfigError(f"--reload is for development, and cannot be had with --{other}; leave one of them out")
+    own_terminal = any(values.get(name) for name in ("foreground", "run", "single", "exit_with_parent", "reload"))
     return ServerConfig(
         plugin,
         filters=tuple(filters),

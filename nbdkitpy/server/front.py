@@ -121,6 +121,16 @@ class Front:
             listener.close()
         self._listeners = []
 
+    def follow(self, fd: int) -> None:
+        """Shut down when `fd` can be read: who has the other end closes it when the server is to end."""
+
+        def end() -> bool:
+            self._unwatch(fd)
+            self.shutdown()
+            return True
+
+        self._watch(fd, end)
+
     def start_workers(self, live: Callable[[Callable[[Stack], bool]], int]) -> bool:
         """Start the processes that serve in place of this one, if there are to be any; tell whether there are."""
         return False
@@ -235,14 +245,17 @@ class Front:
         notifier = self.notifier
         if notifier is None:
             return
-        clients = self._connected()
-        if clients != self._told_clients:
-            self._told_clients = clients
-            notifier.status(f"{described_clients(clients)} connected")
+        self._report_clients(notifier)
         now = time.monotonic()
         if notifier.watchdog_interval is not None and now >= self._next_alive:
             self._next_alive = now + notifier.watchdog_interval
             notifier.alive()
+
+    def _report_clients(self, notifier: Notifier) -> None:
+        clients = self._connected()
+        if clients != self._told_clients:
+            self._told_clients = clients
+            notifier.status(f"{described_clients(clients)} connected")
 
     def _complain(self, message: str, *args: object) -> None:
         now = time.monotonic()

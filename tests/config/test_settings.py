@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nbdkitpy import ConfigError
 from nbdkitpy.config import SETTINGS, ServerConfig, Setting, endpoints, server_config
 from nbdkitpy.config.settings import LISTENING, value_in
 from nbdkitpy.server.options import AddressFamily, Endpoint, ServerOptions, Transport
@@ -54,10 +55,16 @@ def test_without_settings_all_is_as_the_defaults_say() -> None:
     assert server_config({}, "null") == ServerConfig("null")
 
 
-@pytest.mark.parametrize("name", ["foreground", "single", "exit_with_parent"])
+@pytest.mark.parametrize("name", ["foreground", "single", "exit_with_parent", "reload"])
 def test_what_needs_the_terminal_stays_in_the_foreground(name: str) -> None:
     assert server_config({}, "null").background
     assert not server_config({name: True}, "null").background
+
+
+@pytest.mark.parametrize("name", ["single", "user", "group"])
+def test_what_is_not_for_development_excludes_reload(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--reload is for development, and cannot be had with --{name}; "):
+        server_config({"reload": True, name: "0"}, "null")
 
 
 def test_with_a_command_or_sockets_of_a_service_manager_it_stays_in_the_foreground() -> None:
