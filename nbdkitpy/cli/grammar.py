@@ -95,6 +95,8 @@ def _other_options() -> list[click.Parameter]:
         click.Option(["--check-config"], is_flag=True, help="Only tell whether the configuration is right."),
         click.Option(["--list-plugins"], is_flag=True, help="Show the plugins that are installed."),
         click.Option(["--list-filters"], is_flag=True, help="Show the filters that are installed."),
+        click.Option(["--new-plugin"], metavar="NAME", help="Write a package with a plugin, to begin with."),
+        click.Option(["--new-filter"], metavar="NAME", help="Write a package with a filter, to begin with."),
     ]
 
 

@@ -103,6 +103,13 @@ def _run(ctx: click.Context, /, **given: Any) -> None:
 
 def _answer(ctx: click.Context, given: Mapping[str, Any]) -> int:
     """Do what the options ask for, and return the exit status."""
+    new = {kind: given[f"new_{kind.value}"] for kind in Kind if given[f"new_{kind.value}"] is not None}
+    if new:
+        from nbdkitpy.cli.new_package import write_package  # for those who write units
+
+        for kind, name in new.items():
+            write_package(kind, name)
+        return 0
     for kind in Kind:
         if given[f"list_{kind.value}s"]:
             with _debugging(given):

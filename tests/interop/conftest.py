@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.interop.harness import DEBIANS_PYTHON, Servers, Tool, missing
+from tests.interop.harness import DEBIANS_PYTHON, PATIENCE, Servers, Tool, missing
 from tests.interop.sidebyside import SideBySide
 
 
@@ -57,6 +59,19 @@ def libnbd() -> None:
         subprocess.run([DEBIANS_PYTHON, "-c", "import nbd"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         missing(f"{DEBIANS_PYTHON} has no module nbd (Debian's package python3-libnbd)")
+
+
+@pytest.fixture(scope="session")
+def build_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What has to be on the module search path for packages to be built, or installed as they lie there."""
+    needed = ["hatchling", "editables"]
+    if all(importlib.util.find_spec(module) is not None for module in needed):
+        return ""
+    directory = str(tmp_path_factory.mktemp("hatchling"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", directory, *needed]
+    if subprocess.run(pip, capture_output=True, timeout=PATIENCE, check=False).returncode != 0:
+        missing("pip cannot install hatchling, which packages are built with")
+    return directory
 
 
 @pytest.fixture

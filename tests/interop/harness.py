@@ -68,7 +68,14 @@ class Tool:
         return json.loads(self(*args))
 
 
-def run(argv: Sequence[str], *, status: int = 0, env: Mapping[str, str] | None = None, text: str | None = None) -> str:
+def run(
+    argv: Sequence[str],
+    *,
+    status: int = 0,
+    env: Mapping[str, str] | None = None,
+    text: str | None = None,
+    cwd: Path | None = None,
+) -> str:
     """Run a command that ends by itself, and return its standard output.
 
     Args:
@@ -76,9 +83,17 @@ def run(argv: Sequence[str], *, status: int = 0, env: Mapping[str, str] | None =
         status: The exit status that it has to have.
         env: Variables that are added to the environment.
         text: Its standard input; nothing if None.
+        cwd: The directory that it is run in, if not ours.
     """
     done = subprocess.run(
-        argv, input=text or "", capture_output=True, text=True, timeout=PATIENCE, env=environment(env), check=False
+        argv,
+        input=text or "",
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=environment(env),
+        cwd=cwd,
+        check=False,
     )
     if done.returncode != status:
         pytest.fail(f"{argv} ended with {done.returncode}, not {status}:\n{done.stdout}{done.stderr}", pytrace=False)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.harness import MIB, NBDKITPY, PATIENCE, Servers, Tool, environment, missing, run
+from tests.interop.harness import MIB, NBDKITPY, PATIENCE, Servers, Tool, environment, run
 
 pytestmark = pytest.mark.interop
 
@@ -122,18 +122,6 @@ def write_package(
     for module, source in modules.items():
         (package / f"{module}.py").write_text(source)
     return package
-
-
-@pytest.fixture(scope="module")
-def build_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What has to be on the module search path for the packages to be built."""
-    if importlib.util.find_spec("hatchling") is not None:
-        return ""
-    directory = str(tmp_path_factory.mktemp("hatchling"))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", directory, "hatchling"]
-    if subprocess.run(pip, capture_output=True, timeout=PATIENCE, check=False).returncode != 0:
-        missing("pip cannot install hatchling, which packages are built with")
-    return directory
 
 
 class Installed:
