@@ -9,13 +9,19 @@ from collections.abc import Sequence
 
 from nbdkitpy.protocol.constants import Command, CommandFlag, ReplyType
 from tests.fuzzing.model import Answer, Expected
-from tests.nbdclient import ProtocolError, Style, require
+from tests.nbdclient import ProtocolError, Style
 
 __all__ = ["Output", "ReplyReader", "read_answers", "read_greeting"]
 
 _SIMPLE, _STRUCTURED, _EXTENDED = 0x67446698, 0x668E33EF, 0x6E8A278C
 _MAX_TEXT = 4096
 _HOLE, _ZERO = 1, 2
+
+
+def require(condition: object, *what: object) -> None:
+    """Fail the test unless `condition` holds; `what` says what the server sent."""
+    if not condition:
+        raise ProtocolError(*what)
 
 
 class Output:
