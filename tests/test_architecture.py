@@ -28,6 +28,7 @@ ONLY_IN = {
     "tomli": {"config"},
     "tomllib": {"config"},
     "socket": {"library", "server", "testing"},
+    "pytest": {"testing"},
 }
 #: What our package offers without importing it, which plugins would pay for: only type checkers and functions do that.
 OFFERED = "nbdkitpy.library"
@@ -143,6 +144,8 @@ def test_all_three_packages_are_looked_at() -> None:
         ("nbdkitpy/cli/start.py", "import tomllib"),
         ("nbdkitpy/server/launch.py", "from nbdkitpy.config import ServerConfig"),
         ("nbdkitpy/stack.py", "from socket import socket"),
+        ("nbdkitpy/server/session.py", "def late():\n    import pytest"),
+        ("nbdkitpy/library/life.py", "from nbdkitpy.testing import NbdClient"),
         ("nbdkitpy/unheard_of.py", "import nbdkitpy.backend"),
         ("nbdkitpy/__init__.py", "from nbdkitpy.library import serve"),
         ("nbdkitpy/__init__.py", "if TYPE_CHECKING:\n    pass\nelse:\n    from nbdkitpy import library"),

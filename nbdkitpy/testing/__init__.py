@@ -1,6 +1,6 @@
-"""For those who write plugins, filters, and programs that use them: a client.
+"""For those who write plugins, filters, and programs that use them: a client, and tests that every unit has to pass.
 
-Nothing is imported before it is asked for.
+Nothing is imported before it is asked for, as pytest loads a part of this for everybody.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nbdkitpy.protocol.constants import Command, CommandFlag, TransmissionFlag
     from nbdkitpy.testing.client import ExportInfo, NbdClient, export_info, list_exports
+    from nbdkitpy.testing.conformance import FilterConformance, PluginConformance
     from nbdkitpy.testing.wire import ProtocolError, Refused, Reply, Style
 else:
     _MODULES = {
         "nbdkitpy.protocol.constants": ("Command", "CommandFlag", "TransmissionFlag"),
         "nbdkitpy.testing.client": ("ExportInfo", "NbdClient", "export_info", "list_exports"),
+        "nbdkitpy.testing.conformance": ("FilterConformance", "PluginConformance"),
         "nbdkitpy.testing.wire": ("ProtocolError", "Refused", "Reply", "Style"),
     }
 
@@ -31,7 +33,9 @@ __all__ = [
     "Command",
     "CommandFlag",
     "ExportInfo",
+    "FilterConformance",
     "NbdClient",
+    "PluginConformance",
     "ProtocolError",
     "Refused",
     "Reply",
