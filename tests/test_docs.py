@@ -17,8 +17,9 @@ import click
 import pytest
 
 import nbdkitpy
-from nbdkitpy import Backend, Client, Filter, FilterHandle, Handle, Plugin, hookspecs
+from nbdkitpy import Backend, Client, Filter, FilterHandle, Handle, Plugin, hookspecs, testing
 from nbdkitpy.stack import Stack
+from nbdkitpy.testing.conformance import KINDS
 from tests.environment import without_coverage
 from tests.serving import NoServer
 
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 CONTRACT = ROOT / "docs" / "contract.md"
 OPTIONS = ROOT / "docs" / "options.md"
+TESTING = ROOT / "docs" / "testing.md"
 
 UNIT_HEADINGS = ["Synopsis", "Description", "Parameters", "Examples", "Notes", "See also"]
 
@@ -339,6 +341,32 @@ def test_library_page_names_every_argument_and_every_member() -> None:
     }
 
     assert not [name for name in arguments | members if not re.search(rf"`{name}[`=(]", page)]
+
+
+def test_tests_of_the_testing_page_pass(tmp_path: Path) -> None:
+    (tmp_path / "test_page.py").write_text("\n\n".join(blocks(TESTING, "python")))
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider", "test_page.py"]
+
+    done = subprocess.run(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env=without_coverage(), timeout=60, check=False
+    )
+
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^[0-9]+ passed", done.stdout, re.MULTILINE)
+
+
+def test_testing_page_names_all_that_there_is() -> None:
+    page = TESTING.read_text()
+    suites = {name for cls in (testing.PluginConformance, testing.FilterConformance) for name in attributes(cls)}
+
+    assert not [name for name in suites if not re.search(rf"`{name}[` ,(=]", page)]
+    assert not [kind for kind in KINDS if kind != "complete" and f"`{kind}`" not in page]
+
+
+def attributes(cls: type[object]) -> set[str]:
+    """What a suite may say of itself: its attributes and those of its bases that are no methods."""
+    annotated = {name for base in cls.__mro__ for name in inspect.get_annotations(base)}
+    return {name for name in annotated if not name.startswith("_")}
 
 
 # --- all pages, all files -------------------------------------------------------------------------------------------
