@@ -19,7 +19,7 @@ import pluggy
 from nbdkitpy import hookspecs
 from nbdkitpy.backend import Backend, Filter, Plugin
 from nbdkitpy.distributions import ReadText, distributions, entry_points, name_and_version
-from nbdkitpy.exceptions import UnitError
+from nbdkitpy.exceptions import UnitError, describe
 
 __all__ = ["Kind", "Offer", "Registry", "Unit"]
 
@@ -170,8 +170,10 @@ def _imported(kind: Kind, offer: Offer, what: str) -> tuple[ModuleType, list[obj
     try:
         module = importlib.import_module(offer.module)
         return module, _registered(kind, module)
-    except (Exception, SystemExit) as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        cause = " ".join(describe(error).split())
         raise UnitError(f"{what} cannot be loaded: {cause}") from error
 
 

@@ -83,6 +83,12 @@ class Defect(Plugin):
     def load(self):
         raise LookupError("not to be found")
 
+class Exit(Plugin):
+    name = "texit"
+
+    def load(self):
+        raise SystemExit(0)
+
 class Pass(Filter):
     name = "tpass"
     bound = Parameter(integer(0, 9), key="bound", live=True)
@@ -92,7 +98,7 @@ class Pass(Filter):
 
 @hookimpl
 def register_plugins(register):
-    for cls in (Disk, Plain, Defect):
+    for cls in (Disk, Plain, Defect, Exit):
         register(cls)
 
 @hookimpl
@@ -105,6 +111,7 @@ ENTRY_POINTS = """
 tdisk = cli_test_units
 tplain = cli_test_units
 tdefect = cli_test_units
+texit = cli_test_units
 tgone = cli_test_units_that_are_not_there
 
 [nbdkitpy.filters]
@@ -573,6 +580,8 @@ def test_check_config_checks_without_serving(file: Path, tmp_path: Path) -> None
         (["tdisk", "1", "siz=1"], 'unknown parameter "siz"'),
         (["tgone"], 'plugin "tgone" of cli-test 4.2 cannot be loaded'),
         (["tdefect"], "cannot start: LookupError: not to be found"),
+        (["texit"], "cannot start: SystemExit: 0"),
+        (["texit", "--dump-plugin"], "cannot start: SystemExit: 0"),
     ],
 )
 def test_check_config_finds_what_is_wrong(args: list[str], message: str) -> None:

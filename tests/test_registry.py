@@ -181,6 +181,8 @@ def test_unit_that_two_distributions_offer_names_both(install: Install) -> None:
         ("import there_is_no_such_module", "ModuleNotFoundError: No module named 'there_is_no_such_module'"),
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("raise SystemExit(3)", "SystemExit: 3"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("class Odd(BaseException):\n    __str__ = None\nraise Odd", "Odd"),
         ("raise ValueError('two\\nlines')", "ValueError: two lines"),
     ],
 )
@@ -190,6 +192,13 @@ def test_unit_that_cannot_be_imported_names_its_distribution_and_the_cause(
     install("acme", "[nbdkitpy.filters]\nshaky = shaky_filter\n", version="0.1", shaky_filter=module)
 
     assert failure(Kind.FILTER, "shaky") == f'filter "shaky" of acme 0.1 cannot be loaded: {cause}'
+
+
+def test_interrupt_while_a_unit_is_imported_is_the_users(install: Install) -> None:
+    install("acme", "[nbdkitpy.plugins]\nslow = slow_module\n", slow_module="raise KeyboardInterrupt")
+
+    with pytest.raises(KeyboardInterrupt):
+        Registry().plugin("slow")
 
 
 def test_module_that_is_missing_is_an_error_of_its_distribution(install: Install) -> None:

@@ -12,8 +12,8 @@ from nbdkitpy.cli import start
 from nbdkitpy.config import ServerConfig
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.modules import parse
+from nbdkitpy.server.failures import Reported, reported
 from nbdkitpy.server.front import Front
-from nbdkitpy.server.launch import report
 from nbdkitpy.server.starttls import load_tls
 from nbdkitpy.server.supervisor import Elsewhere, Link, Supervisor
 from nbdkitpy.sources import Sources
@@ -46,9 +46,9 @@ def _serve(whole: ServerConfig, link: Link) -> int:
     config = whole._replace(server=server, run=None, print_uri=False, selinux_label=None)
     with start.log_of(config):
         try:
-            prepared = start.prepare(config, _watched(config, Sources(link.reads)))
-        except Exception as error:  # a unit's may be anything
-            report("cannot start", error)
+            with reported("cannot start"):
+                prepared = start.prepare(config, _watched(config, Sources(link.reads)))
+        except Reported:
             return 1
         assert isinstance(prepared.server, Front), "with -s there is nothing to listen on"
         prepared.server.follow(link.fileno())

@@ -61,16 +61,17 @@ def serve(config: ServerConfig, parent: int) -> int:
         config: What is to be served.
         parent: The process that started this one, for ``--exit-with-parent``.
     """
-    from nbdkitpy.server.launch import exit_with_parent, report
+    from nbdkitpy.server.failures import Reported, reported
+    from nbdkitpy.server.launch import exit_with_parent
 
     notifier = _notifier()  # takes variables away that no child of a unit may see
     with log_of(config):
         try:
-            if config.exit_with_parent:
-                exit_with_parent(parent)
-            prepared = _supervised(config) if config.reload else prepare(config)
-        except Exception as error:  # a unit's may be anything
-            report("cannot start", error)
+            with reported("cannot start"):
+                if config.exit_with_parent:
+                    exit_with_parent(parent)
+                prepared = _supervised(config) if config.reload else prepare(config)
+        except Reported:
             return 1
         return run(config, prepared, notifier, announce=config.verbose or sys.stderr.isatty())
 
@@ -94,15 +95,14 @@ def log_of(config: ServerConfig) -> contextlib.AbstractContextManager[None]:
 
 def ask(config: ServerConfig, answer: Callable[[Loaded], int]) -> int:
     """Load and configure what `config` says, have `answer` tell something of it, and return the exit status."""
-    from nbdkitpy.server.launch import report
+    from nbdkitpy.server.failures import Reported, reported
 
     # Whoever asks wants to see what is wrong, and nothing to be written elsewhere.
     with log.setup("stderr", name=config.name, verbose=config.verbose, format=config.log_format):
         try:
-            with contextlib.ExitStack() as undo:
+            with reported("cannot start"), contextlib.ExitStack() as undo:
                 return answer(_load(config, _NoServer(), undo))
-        except Exception as error:
-            report("cannot start", error)
+        except Reported:
             return 1
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     P = ParamSpec("P")
     R = TypeVar("R")
 
-__all__ = ["checked_data", "checked_range", "describe", "error_number", "locked", "normalised", "reason"]
+__all__ = ["checked_data", "checked_range", "error_number", "locked", "normalised", "reason"]
 
 #: What the system can take.
 _MAX_FD = (1 << 31) - 1
@@ -78,18 +78,19 @@ def locked(verb: Callable[P, R], lock: threading.Lock | None) -> Callable[P, R]:
 
 def error_number(error: BaseException) -> int | None:
     """Return the errno that an exception stands for, or None if a backend has put anything else in its place."""
-    number = getattr(error, "errno", None) if isinstance(error, OSError) else errno.EIO
+    number = _attribute(error, "errno") if isinstance(error, OSError) else errno.EIO
     return number if isinstance(number, int) else None
 
 
 def reason(error: OSError) -> str:
     """Return what the client is told of an error: the text beside its number, or "" if there is none."""
-    return error.strerror if isinstance(error.strerror, str) else ""
+    text = _attribute(error, "strerror")
+    return text if isinstance(text, str) else ""
 
 
-def describe(error: BaseException) -> str:
-    """Return the text of an exception, whatever it does to prevent that."""
+def _attribute(error: BaseException, name: str) -> object:
+    # A class of a backend's own may define it as it likes.
     try:
-        return f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else str(error)
+        return getattr(error, name)
     except BaseException:
-        return type(error).__name__
+        return None

@@ -7,12 +7,13 @@ import threading
 from collections.abc import Callable
 
 from nbdkitpy.backend import Buffer, Flags
+from nbdkitpy.exceptions import describe
 from nbdkitpy.extents import Extent, ExtentType
 from nbdkitpy.protocol.constants import Command, CommandFlag
 from nbdkitpy.protocol.errors import nbd_error
 from nbdkitpy.protocol.replies import Replies
 from nbdkitpy.protocol.transmission import Request
-from nbdkitpy.server.checks import checked_data, describe, error_number, locked, normalised, reason
+from nbdkitpy.server.checks import checked_data, error_number, locked, normalised, reason
 from nbdkitpy.stack import OpenExport
 
 __all__ = ["VERBS", "Commands", "is_hole"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 
-from nbdkitpy.exceptions import ConfigError
+from nbdkitpy.exceptions import ConfigError, describe
 
-__all__ = ["GivenUp", "Reported", "report"]
+__all__ = ["GivenUp", "Reported", "report", "reported"]
 
 _logger = logging.getLogger("nbdkitpy")
 
@@ -18,6 +20,21 @@ class Reported(Exception):  # noqa: N818  # no error of its own
 
 class GivenUp(BaseException):
     """A second signal came while a unit did not return. Not an Exception, as units catch those."""
+
+
+@contextlib.contextmanager
+def reported(step: str) -> Iterator[None]:
+    """Tell the user of whatever is raised meanwhile, and raise :class:`Reported` in its place.
+
+    A unit does not decide whether the process ends, and how. A KeyboardInterrupt passes: it is the user's.
+    """
+    try:
+        yield
+    except (Reported, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        report(step, error)
+        raise Reported from error
 
 
 def report(step: str, error: BaseException) -> None:
@@ -33,14 +50,12 @@ def report(step: str, error: BaseException) -> None:
 
 
 def _described(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, GivenUp):
         return "given up, as a second signal came"
-    try:
-        text = str(error)
-    except Exception:  # a unit's exception may be anything
-        text = ""
-    if isinstance(error, (ConfigError, OSError)) and text:
-        return text
-    return f"{type(error).__name__}: {text}".rstrip(": ")
+    # A unit's exception may be anything: what it says of itself may be no text, or end in another exception.
+    with contextlib.suppress(BaseException):
+        if isinstance(error, OSError) and error.strerror:
+            return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else str(error.strerror)
+        if isinstance(error, (ConfigError, OSError)) and str(error):
+            return str(error)
+    return describe(error)

@@ -20,7 +20,7 @@ from nbdkitpy import log
 from nbdkitpy.backend import ServerControl
 from nbdkitpy.protocol.constants import TlsMode
 from nbdkitpy.server import linux, privileges
-from nbdkitpy.server.failures import GivenUp, Reported, report
+from nbdkitpy.server.failures import GivenUp, Reported, report, reported
 from nbdkitpy.server.linux import exit_with_parent
 from nbdkitpy.server.pidfile import Pidfile
 from nbdkitpy.stack import Stack
@@ -243,9 +243,16 @@ class _Life:
         self._server.notifier = self._notifier
         if self._notifier is not None:
             self._notifier.ready()
-        self._held_up = not _call("", self._server.serve, self._stack)
+        self._held_up = not _call("", self._serve)
         status = 0 if self._captive is None else self._captive.wait()
         return status or int(self._held_up)
+
+    def _serve(self) -> bool:
+        try:
+            return self._server.serve(self._stack)
+        except GivenUp:  # clients may be served still
+            self._held_up = True
+            raise
 
     def has_failed(self) -> None:
         if self._background is not None:
@@ -256,9 +263,15 @@ class _Life:
             self._call_unit(step, function)
 
     def _call_unit(self, step: str, function: Callable[..., T], *args: object) -> T:
+        with self._unit():
+            return _call(step, function, *args)
+
+    @contextlib.contextmanager
+    def _unit(self) -> Iterator[None]:
+        """A unit does something meanwhile, which a second signal cuts short."""
         self._in_unit = True
         try:
-            return _call(step, function, *args)
+            yield
         finally:
             self._in_unit = False
 
@@ -272,10 +285,19 @@ class _Life:
             if self._captive is not None:
                 self._captive.end()
 
-        def hang_up(number: int, frame: FrameType | None) -> None:
-            self._server.call_soon(reload)
+        def reload_units() -> None:
+            with self._unit():
+                reload()
 
-        handlers = {**dict.fromkeys(SIGNALS, stop), signal.SIGHUP: hang_up}
+        def hang_up(number: int, frame: FrameType | None) -> None:
+            self._server.call_soon(reload_units)
+
+        # A client that leaves would end us by SIGPIPE, were it not ignored, as Python does; a unit may have changed that.
+        handlers: dict[signal.Signals, Callable[[int, FrameType | None], object] | signal.Handlers] = {
+            **dict.fromkeys(SIGNALS, stop),
+            signal.SIGHUP: hang_up,
+            signal.SIGPIPE: signal.SIG_IGN,
+        }
         before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         # The system may give a signal to any thread, but handlers run in this one only, when it wakes up.
         wakeup = signal.set_wakeup_fd(self._server.wakeup_fd, warn_on_full_buffer=False)
@@ -319,7 +341,9 @@ class _Reload:
             self._notifier.reloading()
         try:
             lines = self._reload()
-        except Exception as error:  # all is as it was
+        except GivenUp:
+            raise
+        except BaseException as error:  # a unit's may be anything; all is as it was
             report("reload", error)
         else:
             self._server.reloaded(self._stack)
@@ -395,10 +419,5 @@ def _tell(server: Servable, announce: bool, print_uri: bool) -> None:
 
 
 def _call(step: str, function: Callable[..., T], *args: object) -> T:
-    try:
+    with reported(step):
         return function(*args)
-    except Reported:
-        raise
-    except (Exception, SystemExit, GivenUp) as error:  # a unit does not decide whether the server ends
-        report(step, error)
-        raise Reported from error

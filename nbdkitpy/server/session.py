@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from nbdkitpy.backend import Client, Support, ThreadModel
+from nbdkitpy.exceptions import describe
 from nbdkitpy.protocol.constants import BASE_ALLOCATION, Option, OptionReply, TlsMode, TransmissionFlag
 from nbdkitpy.protocol.errors import RemoteProtocolError, printable
 from nbdkitpy.protocol.handshake import (
@@ -25,8 +26,9 @@ from nbdkitpy.protocol.handshake import (
 from nbdkitpy.protocol.messages import BlockSizeInfo, oldstyle_greeting
 from nbdkitpy.protocol.replies import ExtendedReplies, Replies, SimpleReplies, StructuredReplies
 from nbdkitpy.protocol.transmission import MAX_PAYLOAD, Transmission
-from nbdkitpy.server.checks import describe, reason
+from nbdkitpy.server.checks import reason
 from nbdkitpy.server.engine import Engine
+from nbdkitpy.server.failures import GivenUp
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.transport import Connection, Stream
 from nbdkitpy.stack import Capabilities, Stack
@@ -293,8 +295,10 @@ def admit(stack: Stack, client: Client, readonly: bool, log: logging.Logger) -> 
     try:
         stack.preconnect(client, readonly)
     except OSError as error:
-        log.error("%s: %s: refused: %s", name, client, error.strerror or error)
+        log.error("%s: %s: refused: %s", name, client, reason(error) or describe(error))
         return False
+    except GivenUp:  # not the unit's own
+        raise
     except BaseException as error:
         log.error("%s: %s: %s", name, client, describe(error), exc_info=error)
         return False

@@ -133,5 +133,5 @@ def _reload(message: Message, stack: Stack) -> None:
             os.close(message.fd)
         stack.reload({stack.layers[index]: keys for index, keys in changes})
         log.reopen()
-    except Exception as error:  # a unit's may be anything
+    except BaseException as error:  # a unit's may be anything
         report(f"worker {os.getpid()}: reload", error)

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from nbdkitpy import Buffer, Extent, ExtentType, FileRange, Flags, Handle, Support, ThreadModel
+from nbdkitpy.exceptions import describe
 from nbdkitpy.protocol.constants import Command, CommandFlag, NbdError, ReplyType
 from nbdkitpy.protocol.transmission import Request
 from nbdkitpy.server import batch, reads
 from nbdkitpy.server import engine as module
-from nbdkitpy.server.checks import checked_data, checked_range, describe
+from nbdkitpy.server.checks import checked_data, checked_range
 from nbdkitpy.server.engine import Engine
 from nbdkitpy.server.sender import Budget
 from nbdkitpy.server.transport import SocketTransport

@@ -27,6 +27,7 @@ from nbdkitpy.server.notify import Notifier
 from nbdkitpy.server.privileges import Identity
 from nbdkitpy.server.tls import Tls
 from nbdkitpy.stack import Stack
+from tests.threats.saboteur import RAISED
 
 
 class FakeServer:
@@ -444,6 +445,25 @@ def test_unit_that_exits_does_not_end_the_process(
     assert messages() == ["nbdkitpy: error: after_fork: SystemExit: 0"]
 
 
+@pytest.mark.parametrize("step", ["config_complete", "thread_model", "get_ready", "after_fork", "cleanup", "unload"])
+@pytest.mark.parametrize("what", RAISED.keys() - {"KeyboardInterrupt"})
+def test_G1_whatever_a_step_raises_is_one_line_and_the_end_in_order(
+    server: FakeServer, stack: Stack, messages: Callable[[], list[str]], what: str, step: str
+) -> None:
+    class Failing(Filter):
+        name = "failing"
+
+    def fail(unit: Filter) -> None:
+        raise RAISED[what]()
+
+    setattr(Failing, step, fail)
+
+    assert launch(server, Stack(stack.plugin, [Failing()], server)) == 1
+    assert len(messages()) == 1
+    ends = [] if step in ("config_complete", "thread_model", "get_ready") else ["disk.cleanup", "close"]
+    assert [event for event in server.events if event in LIFE[5:]] == [*ends, "disk.unload"]
+
+
 # --- reload ---
 
 
@@ -516,6 +536,34 @@ def test_reload_that_fails_leaves_all_as_it_was(
     assert launch(server, stack, reload=fail) == 0
     assert messages() == ["nbdkitpy: error: disk.toml: unknown key"]
     assert server.events[4:7] == ["serve", "call_soon", "goes on"]
+
+
+@pytest.mark.parametrize("what", RAISED)
+def test_G1_whatever_a_reload_raises_ends_nothing(
+    server: FakeServer, stack: Stack, messages: Callable[[], list[str]], what: str
+) -> None:
+    def fail() -> list[str]:
+        raise RAISED[what]()
+
+    server.during = hung_up(server)
+
+    assert launch(server, stack, reload=fail) == 0
+    assert len(messages()) == 1
+    assert server.events[4:7] == ["serve", "call_soon", "goes on"]
+
+
+def test_G3_second_signal_gives_up_a_reload_that_does_not_return(
+    server: FakeServer, stack: Stack, messages: Callable[[], list[str]]
+) -> None:
+    def hang() -> list[str]:
+        raise_twice()
+        pytest.fail("it goes on")
+
+    server.during = hung_up(server)
+
+    assert launch(server, stack, reload=hang) == 1
+    assert messages() == ["nbdkitpy: error: given up, as a second signal came"]
+    assert server.events[-1] == "close"  # neither cleanup nor unload, as clients may be served still
 
 
 def test_sighup_opens_the_log_anew_if_there_is_nothing_else(
@@ -744,6 +792,14 @@ class Unspeakable(Exception):
         raise RuntimeError
 
 
+UNSPEAKABLE = {
+    RAISED["odd text"]: "OSError",
+    RAISED["UnprintableOs"]: "UnprintableOs",
+    RAISED["Hostile"]: "[Errno 5] x",
+    RAISED["Odd"]: "Odd",
+}
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -756,6 +812,7 @@ class Unspeakable(Exception):
         (ValueError("two\nlines"), "get_ready: ValueError: two\\nlines"),
         (KeyError(), "get_ready: KeyError"),
         (Unspeakable(), "get_ready: Unspeakable"),
+        *((make(), f"get_ready: {line}") for make, line in UNSPEAKABLE.items()),
     ],
 )
 def test_error_is_reported_in_one_line(error: Exception, line: str, messages: Callable[[], list[str]]) -> None:
