@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 
 from nbdkitpy.backend import Buffer
+from nbdkitpy.exceptions import describe
 from nbdkitpy.extents import MAX_EXTENTS
 from nbdkitpy.protocol.constants import Command, CommandFlag, NbdError
 from nbdkitpy.protocol.errors import RemoteProtocolError
@@ -84,6 +86,8 @@ class Engine:
         self._name = name
         self._idle_timeout = idle_timeout
         self._refusals = 0
+        self._is_at_end = False  # nothing more comes from the client
+        self._is_left = False  # the client has gone without a word: what it has asked for, and waits, is dropped
 
         # Who carries out what. There may be no workers: then every call is made by the reading thread.
         handle = export.handle
@@ -141,6 +145,8 @@ class Engine:
                 self._serve(requests)
                 receive = receive_soon if len(requests) < 2 else receive_into
         finally:
+            self._is_at_end = True
+            self._look_out()
             self._budget.wait_until_unused()
             self._workers.stop()
             del self._workers  # which refer to us: buffers of megabytes would wait for the garbage collector
@@ -165,6 +171,13 @@ class Engine:
             return False
         self._log.info("%s: quiet for %g seconds, disconnected", self._name, seconds)
         return True
+
+    def _look_out(self) -> None:
+        """Notice that the client has gone, to whom nothing can be said any more, unless it has taken its leave.
+
+        It may have come again by now, and a write that is late would destroy what it has written since.
+        """
+        self._is_left = self._is_left or (not self._transmission.finished and self._transport.is_gone())
 
     def _rest(self) -> None:
         if self._budget.unused:  # else to stop the workers would be to wait for what they are at
@@ -240,12 +253,16 @@ class Engine:
             self._schedule(request, self._paces[Command.FLUSH if durable else command])
 
     def _schedule(self, request: Request, pace: Pace) -> None:
-        if self._alone or pace.quick:
-            if not pace.quick:
-                self._batch.send()  # replies do not wait for what comes after them
-            self._batch.append(self._timed(request, pace))
-        else:
+        if not (self._alone or pace.quick):
             self._hand_over(request)
+            return
+        if not pace.quick:
+            self._batch.send()  # replies do not wait for what comes after them
+            self._look_out()
+        if not self._is_left:
+            self._batch.append(self._timed(request, pace))
+            if not pace.quick:
+                self._look_out()
 
     def _have_done(self, request: Request) -> None:
         """Have a read done that has to wait."""
@@ -256,6 +273,8 @@ class Engine:
 
     def _hand_over(self, request: Request) -> None:
         """Give a request to the workers, when there is room for one more."""
+        if self._is_left:
+            return
         if request.payload:
             request = request._replace(payload=self._transmission.keep_payload(request.payload))
         self._budget.take(_cost(request))
@@ -263,8 +282,16 @@ class Engine:
 
     def _work_on(self, request: Request) -> None:
         """What a worker does with one request."""
-        durable = request.flags & _WIRE_FUA and request.command != _READ
-        pieces = self._timed(request, self._paces[Command.FLUSH if durable else request.command])
+        pieces: Sequence[Buffer] = ()
+        try:
+            if self._is_at_end:
+                self._look_out()
+            if not self._is_left:
+                durable = request.flags & _WIRE_FUA and request.command != _READ
+                pieces = self._timed(request, self._paces[Command.FLUSH if durable else request.command])
+        except BaseException as error:  # not even a reply could be made of it, for want of memory perhaps
+            self._transport.abort()
+            self._log.error("%s: %s", self._name, describe(error))
         self._sender.post(pieces, _cost(request))
 
     def _timed(self, request: Request, pace: Pace) -> list[Buffer]:

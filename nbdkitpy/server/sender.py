@@ -141,7 +141,7 @@ class Sender:
             return
         try:
             self._transport.send(pieces, more=more)
-        except OSError:
+        except (OSError, MemoryError):  # nobody knows how much has been sent
             self._break()
 
     def _break(self) -> None:

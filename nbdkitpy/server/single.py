@@ -21,7 +21,7 @@ from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.server.background import redirect_to_nothing
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.session import Session
-from nbdkitpy.server.transport import SocketTransport, describe_client, send_by_reading, sleep_unless
+from nbdkitpy.server.transport import SocketTransport, describe_client, is_broken, send_by_reading, sleep_unless
 from nbdkitpy.server.wakeup import Wakeup
 from nbdkitpy.stack import Stack
 
@@ -114,6 +114,10 @@ class PipeTransport:
         """
         self.send([head], more=True)
         return send_by_reading(self.send, fd, position, count)
+
+    def is_gone(self) -> bool:
+        """Tell whether the client hears nothing any more."""
+        return self._aborted.is_set or is_broken(self._sending)
 
     def send_now(self, data: bytes) -> None:
         """Send what can be sent without waiting, and do not care for the rest."""

@@ -231,6 +231,10 @@ class TlsTransport:
 
     # --- the end ---
 
+    def is_gone(self) -> bool:
+        """Tell whether the client hears nothing any more."""
+        return self._raw.is_gone()
+
     def stop_receiving(self) -> None:
         """Have the receiving thread find the end of the stream, after what has already arrived."""
         self._stopped = True

@@ -15,7 +15,15 @@ from typing import Protocol
 
 from nbdkitpy.backend import Buffer, Client, Family
 
-__all__ = ["Connection", "SocketTransport", "Stream", "describe_client", "send_by_reading", "sleep_unless"]
+__all__ = [
+    "Connection",
+    "SocketTransport",
+    "Stream",
+    "describe_client",
+    "is_broken",
+    "send_by_reading",
+    "sleep_unless",
+]
 
 #: The kernel takes at most so many pieces in one call (IOV_MAX on Linux).
 _MOST_PIECES = 1024
@@ -65,6 +73,7 @@ class Stream(Protocol):
     def set_patience(self, seconds: float) -> None: ...
     def send(self, pieces: Sequence[Buffer], *, more: bool = False) -> None: ...
     def send_file(self, head: bytes, fd: int, position: int, count: int) -> int: ...
+    def is_gone(self) -> bool: ...
     def stop_receiving(self) -> None: ...
     def abort(self) -> None: ...
     def close(self) -> None: ...
@@ -176,6 +185,10 @@ class SocketTransport:
         """
         sleep_unless(seconds, (self._socket.fileno(), select.POLLRDHUP))  # which our own shutdowns bring about too
 
+    def is_gone(self) -> bool:
+        """Tell whether the client hears nothing any more. Who has only said all that he had to say may listen still."""
+        return is_broken(self._socket.fileno())
+
     def send_now(self, data: bytes) -> None:
         """Send what can be sent without waiting, and do not care for the rest."""
         with contextlib.suppress(OSError):
@@ -206,6 +219,13 @@ class SocketTransport:
             for _ in range(_MOST_UNREAD // _UNREAD_PIECE):
                 if not self._socket.recv(_UNREAD_PIECE, socket.MSG_DONTWAIT):
                     return
+
+
+def is_broken(fd: int) -> bool:
+    """Tell whether the other end of a connection or pipe is closed, as far as the system knows."""
+    poll = select.poll()
+    poll.register(fd, 0)  # that is told all the same
+    return bool(poll.poll(0))
 
 
 def sleep_unless(seconds: float, *watched: tuple[int, int]) -> None:

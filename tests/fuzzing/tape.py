@@ -80,6 +80,10 @@ class Tape:
     def sleep(self, seconds: float) -> None:
         """Not wait."""
 
+    def is_gone(self) -> bool:
+        """Tell that the client still takes what it is sent."""
+        return False
+
     def stop_receiving(self) -> None:
         """Have nothing more."""
         self._pieces.clear()
