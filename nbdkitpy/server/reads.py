@@ -235,7 +235,7 @@ class Reads:
             data = self.now(length, offset)
             return None if data is None else checked_data(data, length)
         view = self._batch.take(length)
-        return view if self._into(view, offset) else None
+        return view if self._into(view, offset) is True else None
 
 
 def _copier(into: Callable[[memoryview, int], bool], replies: Replies, batch: Batch) -> Callable[[int, int, int], bool]:
@@ -249,7 +249,7 @@ def _copier(into: Callable[[memoryview, int], bool], replies: Replies, batch: Ba
             start = batch.used + head
             end = start + length
         memory = batch.memory
-        if not into(memory[start:end], offset):
+        if into(memory[start:end], offset) is not True:  # not any other answer
             return False
         put_head(memory, batch.used, cookie, offset, length)
         batch.used = end

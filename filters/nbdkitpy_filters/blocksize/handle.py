@@ -100,7 +100,7 @@ class BlocksizeHandle(FilterHandle):
         if end - start == count:
             return self._inner_into(buffer, offset)
         blocks = memoryview(bytearray(end - start))
-        if not self._inner_into(blocks, start):
+        if self._inner_into(blocks, start) is not True:
             return False
         buffer[:] = blocks[offset - start : offset - start + count]
         return True

@@ -152,7 +152,7 @@ class _RateHandle(FilterHandle):
 
     def pread_into(self, buffer: memoryview, offset: int) -> bool:
         found = self._inner_pread_into(buffer, offset) if self._inner_pread_into else False
-        return found and spend_at_once(self._reads, len(buffer) * 8)
+        return found is True and spend_at_once(self._reads, len(buffer) * 8)
 
     def file_range(self, count: int, offset: int) -> FileRange | None:
         found = self._inner_file_range(count, offset) if self._inner_file_range else None
