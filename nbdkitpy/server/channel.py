@@ -49,6 +49,7 @@ class Channel:
 
     def __init__(self, sock: socket.socket, *, waits: bool) -> None:
         self._socket = sock
+        sock.setblocking(True)  # whatever default timeout a unit may have set
         self._flags = 0 if waits else socket.MSG_DONTWAIT
 
     @classmethod

@@ -131,6 +131,7 @@ class SocketTransport:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
         finally:
             sock.detach()
+            self._socket.setblocking(True)  # a default timeout, which a unit may have set, has just undone that
 
     def send(self, pieces: Sequence[Buffer], *, more: bool = False) -> None:
         """Send all pieces, in order; `more` says that what follows belongs in the same packet."""

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import select
+import socket
+import threading
 
 import pytest
 
 from nbdkitpy.server.channel import Channel, Kind, Message
+from tests.nbdclient import PATIENCE
 
 
 def test_messages_arrive_one_by_one_in_order() -> None:
@@ -23,6 +27,32 @@ def test_messages_arrive_one_by_one_in_order() -> None:
         worker.receive()
     main.close()
     assert worker.receive() is None
+    worker.close()
+
+
+def test_G9_a_worker_waits_for_room_whatever_default_timeout_a_unit_has_set() -> None:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(0.01)
+    main, worker = Channel.pair()
+    socket.setdefaulttimeout(before)
+    sent: list[int] = []
+
+    def send() -> None:
+        for number in range(1000):
+            worker.send(Kind.LEFT, number)
+            sent.append(number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    sender.join(0.1)  # which it does not do, as there is no room for all
+    assert sender.is_alive()
+    poll = select.poll()
+    poll.register(main, select.POLLIN)
+    received = [main.receive() for _ in range(1000) if poll.poll(PATIENCE * 1000)]
+    sender.join()
+
+    assert received == [Message(Kind.LEFT, number, None) for number in range(1000)]
+    main.close()
     worker.close()
 
 
