@@ -18,8 +18,12 @@ from tests.interop.harness import PATIENCE, Server, make_distribution
 from tests.nbdclient import NbdClient
 
 PIDS = """
-import errno, os, signal, threading, time
+import errno, os, signal, sys, threading, time
 from nbdkitpy import Handle, Parameter, Plugin, ThreadModel, hookimpl, parse_path, parse_string
+
+class Unspeakable(OSError):
+    def __str__(self):
+        sys.exit()
 
 class Disk(Handle):
     def __init__(self, plugin):
@@ -51,6 +55,7 @@ class Pids(Plugin):
     def get_ready(self):
         self.main = os.getpid()
         self.note("get_ready")
+        self.open_handles = self.server.shared_count(self.count_is_zero)
         if self.bad == "thread":
             threading.Thread(target=threading.Event().wait, name="early", daemon=True).start()
     def after_fork(self):
@@ -73,11 +78,22 @@ class Pids(Plugin):
         self.note("preconnect")
         if self.bad == "preconnect":
             raise KeyError("no such client")
+        if self.bad == "unspeakable":
+            raise Unspeakable
+        if self.bad == "hangs":
+            threading.Event().wait()
+    def count_is_zero(self):
+        self.note("zero")
+        raise Unspeakable
     def reload(self, values):
+        if values["word"] == "exit":
+            sys.exit()
         if os.getpid() != self.main and values["word"] == "wrong":
             raise OSError(errno.EIO, "only a worker minds")
         super().reload(values)
     def open(self, export_name, readonly, client):
+        if self.bad == "zero":
+            self.open_handles.take()
         return Disk(self)
     def cleanup(self):
         self.note("cleanup")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -12,7 +13,16 @@ from typing import NoReturn
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.server.failures import report
 
-__all__ = ["SIGNALS", "check_threads", "described_exit", "exit_status", "fork", "live_and_exit", "unblock_signals"]
+__all__ = [
+    "SIGNALS",
+    "check_threads",
+    "described_exit",
+    "exit_status",
+    "flush_streams",
+    "fork",
+    "live_and_exit",
+    "unblock_signals",
+]
 
 #: Those that tell a server to end or to reload.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT, signal.SIGHUP)
@@ -34,13 +44,20 @@ def check_threads(purpose: str, remedy: str) -> None:
         raise ConfigError(f"cannot {purpose}: a back end has started threads ({names}) before after_fork; {remedy}")
 
 
+def flush_streams() -> None:
+    """Write what is in the buffers of the standard streams. A unit may have put anything in their place."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
 def fork() -> int:
     """Fork. In both processes signals wait for :func:`unblock_signals`, until it is settled who takes them.
 
     Raises:
         OSError: the system refuses. Nothing has changed.
     """
-    _flush()  # else what is in the buffers would be written twice
+    flush_streams()  # else what is in the buffers would be written twice
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         return os.fork()
@@ -66,16 +83,11 @@ def live_and_exit(live: Callable[[], int], what: str) -> NoReturn:
     status = 1
     try:
         status = live()
-        _flush()
+        flush_streams()
     except BaseException as error:
         report(what, error)
     finally:
         os._exit(status)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
 
 
 def exit_status(pid: int) -> int:

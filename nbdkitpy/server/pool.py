@@ -11,10 +11,10 @@ import socket
 import time
 from collections.abc import Callable
 
-from nbdkitpy.backend import SharedCount
+from nbdkitpy.backend import Client, SharedCount
 from nbdkitpy.server import linux
 from nbdkitpy.server.channel import Channel, Kind
-from nbdkitpy.server.failures import Reported, report
+from nbdkitpy.server.failures import GivenUp, Reported, report
 from nbdkitpy.server.forking import (
     check_threads,
     described_exit,
@@ -75,6 +75,7 @@ class Pool(Front):
         self._counts: list[ProcessCount] = []
         self._is_starting = True
         self._is_ending = False
+        self._is_admitting = False  # a unit is asked about a client
         self._all_well = True  # none has failed to end in order
         self._main: Channel | None = None  # in a worker: to the main process
 
@@ -87,6 +88,11 @@ class Pool(Front):
     def shutdown(self) -> None:
         if not self._told_main(Kind.SHUTDOWN):
             super().shutdown()
+
+    def abort(self) -> None:
+        super().abort()
+        if self._is_admitting:  # and does not return, as the first signal would have ended us
+            raise GivenUp
 
     def _told_main(self, kind: Kind) -> bool:
         if self._main is None:
@@ -182,9 +188,16 @@ class Pool(Front):
             except OSError as error:  # gone before it could be looked at
                 self._log.info("connection %d: %s", number, error)
                 return True
-            if admit(stack, client, self.options.readonly, self._log):
+            if self._admits(client, stack):
                 self._hand_over(sock, number)
         return True
+
+    def _admits(self, client: Client, stack: Stack) -> bool:
+        self._is_admitting = True
+        try:
+            return admit(stack, client, self.options.readonly, self._log)
+        finally:
+            self._is_admitting = False
 
     def _hand_over(self, sock: socket.socket, number: int) -> None:
         for process in self._by_load():
@@ -246,7 +259,7 @@ class Pool(Front):
         process.is_buried = True
         del self._processes[process.number]
         for count in self._counts:
-            count.release(process.number)
+            _release(count, process.number)
         return status
 
     @property
@@ -317,3 +330,10 @@ class Pool(Front):
             self._log.error("%s does not end, and is killed", process)
             self._reap(process)
             self._all_well = False
+
+
+def _release(count: ProcessCount, number: int) -> None:
+    try:
+        count.release(number)
+    except BaseException as error:  # of a unit that was told that there is none any more
+        report("on_zero", error)

@@ -92,13 +92,43 @@ def test_each_process_calls_what_is_its_part(start: Callable[..., Pool]) -> None
     assert len({pool.pid, first, second}) == 3
 
 
-def test_a_unit_that_fails_to_judge_a_client_ends_that_client_alone(start: Callable[..., Pool]) -> None:
-    pool = start(parameters=["bad=preconnect"])
+@pytest.mark.parametrize(("bad", "said"), [("preconnect", "KeyError"), ("unspeakable", "refused: Unspeakable")])
+def test_G1_a_unit_that_fails_to_judge_a_client_ends_that_client_alone(
+    start: Callable[..., Pool], bad: str, said: str
+) -> None:
+    pool = start(parameters=[f"bad={bad}"])
 
     for _ in range(2):
         assert pool.dial().at_end()
 
-    assert [line for line in pool.end() if "preconnect" in line or "KeyError" in line]
+    assert [said in line for line in pool.end()] == [True, True]
+
+
+def test_G1_a_unit_that_fails_when_its_count_is_zero_ends_nothing(start: Callable[..., Pool]) -> None:
+    pool = start(parameters=["bad=zero"])
+    kill_worker_of(pool.client())
+
+    eventually(lambda: bool(pool.pids("zero")))
+
+    assert worker_of(pool.client())
+    assert "nbdkitpy: error: on_zero: Unspeakable" in pool.end()
+
+
+def test_G3_a_unit_that_does_not_judge_a_client_is_given_up_at_the_second_signal(start: Callable[..., Pool]) -> None:
+    pool = start(parameters=["bad=hangs"])
+    pool.dial()
+    eventually(lambda: bool(pool.pids("preconnect")))
+
+    def has_ended_after_another_signal() -> bool:
+        os.kill(pool.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            pool._process.wait(0.1)
+        return not pool.is_running
+
+    eventually(has_ended_after_another_signal)
+
+    assert pool._process.wait() == 1
+    assert "nbdkitpy: error: given up, as a second signal came" in pool.log()
 
 
 def test_a_refused_client_gets_nothing_and_the_reason_is_logged(start: Callable[..., Pool]) -> None:
