@@ -21,6 +21,7 @@ from nbdkitpy.protocol.transmission import Request
 from nbdkitpy.server import batch, reads
 from nbdkitpy.server import engine as module
 from nbdkitpy.server.checks import checked_data, checked_range
+from nbdkitpy.server.commands import Commands
 from nbdkitpy.server.engine import Engine
 from nbdkitpy.server.sender import Budget
 from nbdkitpy.server.transport import SocketTransport
@@ -1089,6 +1090,22 @@ def test_the_same_where_calls_are_serialised(verb: str, model: ThreadModel, serv
 
     for other in VERBS.keys() - {verb}:
         assert not ask(client, other).error
+
+
+def test_where_not_even_an_error_can_be_told_the_connection_ends(
+    serve: Serve, to_workers: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(Commands, "failure", fail)
+    client, _, solo = serve(raising("flush", MemoryError(), Whole))
+
+    client.send(Command.FLUSH)
+
+    assert client.at_end()
+    solo.join()
+    assert "disks[1]: MemoryError" in caplog.messages
 
 
 def test_an_error_is_logged_with_its_text_and_a_defect_with_its_traceback(

@@ -25,7 +25,7 @@ class Recorder(SocketTransport):
         self.entered = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
-        self.failure: OSError | None = None
+        self.failure: BaseException | None = None
         self.aborted = False
 
     def send(self, pieces: Sequence[Buffer], *, more: bool = False) -> None:
@@ -149,10 +149,13 @@ def test_messages_of_many_threads_stay_whole() -> None:
     theirs.close()
 
 
-def test_after_a_failure_everything_is_dropped_and_the_receiver_finds_out(recorder: Recorder) -> None:
+@pytest.mark.parametrize("failure", [BrokenPipeError(errno.EPIPE, "gone"), MemoryError()])
+def test_after_a_failure_everything_is_dropped_and_the_receiver_finds_out(
+    recorder: Recorder, failure: BaseException
+) -> None:
     budget = spent(Budget(100), 10)
     sender = Sender(recorder, budget)
-    recorder.failure = BrokenPipeError(errno.EPIPE, "gone")
+    recorder.failure = failure
 
     sender.post([b"lost"], 5)
     recorder.failure = None

@@ -194,6 +194,21 @@ def test_who_sleeps_is_woken_up_when_the_connection_ends(pipes: Pipes, end: Call
     assert error.errno == errno.ESHUTDOWN
 
 
+def test_who_says_no_more_is_gone_only_when_he_does_not_listen_either(pipes: Pipes) -> None:
+    os.close(pipes.write)
+    assert not pipes.transport.is_gone()
+
+    os.close(pipes.read)
+
+    assert pipes.transport.is_gone()
+
+
+def test_client_who_has_been_left_is_gone(pipes: Pipes) -> None:
+    pipes.transport.abort()
+
+    assert pipes.transport.is_gone()
+
+
 def test_sleep_ends_by_itself(pipes: Pipes) -> None:
     begin = time.monotonic()
 

@@ -837,6 +837,14 @@ def test_file_is_sent_as_far_as_it_goes(pair: Pair, tmp_path: Path) -> None:
     assert sent == [len(content) - 100]
 
 
+def test_client_is_gone_when_its_connection_is(pair: Pair) -> None:
+    assert not pair.transport.is_gone()
+
+    pair.client.close()
+
+    assert pair.transport.is_gone()
+
+
 def test_close_does_not_wait_for_a_client_that_takes_nothing(pair: Pair) -> None:
     broken: list[OSError] = []
 

@@ -99,6 +99,21 @@ def test_sending_to_who_has_left_raises(pair: Pair) -> None:
         transport.send([b"data"])
 
 
+@pytest.mark.parametrize("kind", ["pair", "tcp"])
+def test_who_says_no_more_is_gone_only_when_he_does_not_listen_either(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    transport, client = request.getfixturevalue(kind)
+    assert not transport.is_gone()
+
+    client.socket.shutdown(socket.SHUT_WR)
+    assert transport.receive_into(memoryview(bytearray(1))) == 0
+    assert not transport.is_gone()
+    client.reset()
+
+    assert transport.is_gone()
+
+
 def test_tcp_does_not_wait_for_more(tcp: Pair) -> None:
     transport, _ = tcp
 
