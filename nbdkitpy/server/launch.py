@@ -292,7 +292,7 @@ class _Life:
         def hang_up(number: int, frame: FrameType | None) -> None:
             self._server.call_soon(reload_units)
 
-        # A client that leaves would end us by SIGPIPE, were it not ignored: Python does that, but a unit may have undone it.
+        # Were SIGPIPE not ignored, a client that leaves would end us. Python does that, but a unit may have undone it.
         handlers: dict[signal.Signals, Callable[[int, FrameType | None], object] | signal.Handlers] = {
             **dict.fromkeys(SIGNALS, stop),
             signal.SIGHUP: hang_up,

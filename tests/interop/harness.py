@@ -114,13 +114,16 @@ class Server:
         words: Of the command line.
         directory: For what it writes on standard error.
         env: Variables that are added to the environment.
+        under: Words before those of the command, of a program that becomes it.
     """
 
-    def __init__(self, *words: str | Path, directory: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *words: str | Path, directory: Path, env: Mapping[str, str] | None = None, under: Sequence[str] = ()
+    ) -> None:
         self._log = directory / f"stderr-{random.getrandbits(64):x}"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [*NBDKITPY, "-f", "--print-uri", *map(str, words)],
+                [*under, *NBDKITPY, "-f", "--print-uri", *map(str, words)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterable
 
 import pytest
 
 from nbdkitpy import ThreadModel
 from nbdkitpy.backend import VERBS
+from nbdkitpy.server import service
 from tests.conftest import StartServer
+from tests.nbdclient import PATIENCE
 from tests.serving import CONTENT, Running
 from tests.threats.saboteur import (
     IN_TRANSMISSION,
@@ -58,27 +62,34 @@ class Sabotaged:
         harmless = Saboteur()
         in_plugin = layer == "plugin"
         self.plugin = SabotagedPlugin(self.saboteur if in_plugin else harmless, model, inline)
-        self._server: Running = start_server(
-            self.plugin, SabotagedFilter(harmless if in_plugin else self.saboteur, inline)
-        )
-        self._bystander = self._server.connect()
+        outer = SabotagedFilter(harmless if in_plugin else self.saboteur, inline)
+        self.server: Running = start_server(self.plugin, outer, drain=0.1)
+        self._bystander = self.server.connect()
         self.saboteur.spared.add(1)
 
     def suffer(self, call: str, fault: Fault) -> set[str] | None:
         """Have `call` go wrong for one client, and return what failed for that; None if it was not called."""
         self.saboteur.done.clear()
-        self.saboteur.faults = {**NO_SHORTCUTS, call: fault} if call == "pread" else {call: fault}
-        failed = use_all(self._server.dial())
-        self._server.wait_for_sessions(1)
-        assert self._bystander.read(0, 512) == CONTENT[:512]
+        failed = self.use(call, fault)
+        self.server.wait_for_sessions(1)
+        self.check_others()
         return failed if self.saboteur.done[call] else None
+
+    def use(self, call: str, fault: Fault) -> set[str]:
+        """Have a client use everything while `call` goes wrong, and return what failed."""
+        self.saboteur.faults = {**NO_SHORTCUTS, call: fault} if call == "pread" else {call: fault}
+        return use_all(self.server.dial())
+
+    def check_others(self) -> None:
+        """See that the client for whom nothing goes wrong is served."""
+        assert self._bystander.read(0, 512) == CONTENT[:512]
 
     def end(self, *, closes: bool = True) -> None:
         """See that all is as if nothing had happened."""
         self.saboteur.faults = {}
-        assert use_all(self._server.dial()) == set()
-        self._bystander.disconnect()
-        assert self._server.stop()
+        assert use_all(self.server.dial()) == set()
+        self.check_others()
+        assert self.server.stop()
         assert not closes or sorted(self.plugin.opened) == sorted(self.plugin.closed)
 
 
@@ -108,3 +119,36 @@ def test_G2_G4_whatever_a_call_returns_hurts_nobody_else(
 
     assert failed == [set() if call in FORGIVEN else NEEDS[call] for _ in NONSENSE[call]]
     sabotaged.end()
+
+
+@pytest.mark.parametrize("layer", ["plugin", "filter"])
+def test_G3_calls_that_do_not_return_hold_up_nobody_else_nor_the_end(
+    start_server: StartServer, layer: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sabotaged = Sabotaged(start_server, layer, "workers")
+    inside, gate = threading.Semaphore(0), threading.Event()
+
+    def wait() -> None:
+        inside.release()
+        gate.wait()
+        raise OSError
+
+    calls = [call for in_layer, call, engine in cells(NEEDS) if (in_layer, engine) == (layer, "workers")]
+    clients = [threading.Thread(target=sabotaged.use, args=(call, wait)) for call in calls]
+    for client in clients:
+        client.start()
+        assert inside.acquire(timeout=PATIENCE)
+    sabotaged.saboteur.faults = {}
+    assert use_all(sabotaged.server.dial()) == set()
+    sabotaged.check_others()
+
+    monkeypatch.setattr(service, "GRACE", 0.1)
+    begin = time.monotonic()
+    assert not sabotaged.server.stop()
+
+    assert time.monotonic() - begin < 5
+    assert caplog.messages[-1].count("sabotaged[") == len(calls)
+    gate.set()
+    for client in clients:
+        client.join()
+    sabotaged.server.wait_for_sessions(0)
