@@ -495,7 +495,7 @@ class BreakablePlugin(Plugin):
         (2, "answer", r"^Breakable: get_size must be 0 to 2\*\*63 - 1, not -1$"),
     ],
 )
-def test_open_that_fails_anywhere_closes_all_that_was_opened(layer: int, breaks: str, message: str) -> None:
+def test_G7_open_that_fails_anywhere_closes_all_that_was_opened(layer: int, breaks: str, message: str) -> None:
     open_handles: list[object] = []
     outer, inner = BreakableFilter("", open_handles), BreakableFilter("", open_handles)
     plugin = BreakablePlugin("", open_handles)
@@ -514,7 +514,7 @@ def test_open_that_fails_anywhere_closes_all_that_was_opened(layer: int, breaks:
     assert open_handles == []
 
 
-def test_close_that_fails_lets_the_next_client_in() -> None:
+def test_G7_close_that_fails_lets_the_next_client_in() -> None:
     class Stuck(Disk):
         def close(self) -> None:
             super().close()
@@ -790,7 +790,7 @@ class NoIndex:
         ({"block_size": (512, 4096, -512)}, "maximum must be .*, not -512"),
     ],
 )
-def test_wrong_answer_is_refused_at_open_and_names_the_class(answers: dict[str, object], message: str) -> None:
+def test_G4_wrong_answer_is_refused_at_open_and_names_the_class(answers: dict[str, object], message: str) -> None:
     plugin = MemoryPlugin(lambda: Answering(answers))
 
     with pytest.raises(ValueError, match=rf"^Answering: .*{message}"):
@@ -835,7 +835,7 @@ def test_bound_through_filters_that_wrap() -> None:
         (lambda handle, flags: handle.trim(3, 5, flags), ("trim", 3, 5)),
     ],
 )
-def test_fua_is_emulated_by_a_flush_after_the_verb(
+def test_D2_fua_is_emulated_by_a_flush_after_the_verb(
     call: Callable[[Handle, int], None], verb: tuple[object, ...]
 ) -> None:
     export, disk = open_disk(Trimming, PassingFilter())
@@ -1175,7 +1175,7 @@ def test_several_processes_cannot_serve_anything_else(
 
 
 @pytest.mark.parametrize("model", ThreadModel)
-def test_multi_conn_needs_more_than_one_connection(model: ThreadModel) -> None:
+def test_D5_multi_conn_needs_more_than_one_connection(model: ThreadModel) -> None:
     plugin = MemoryPlugin(lambda: Answering({}), model)
 
     export = stack_of(plugin).open("", False, CLIENT)

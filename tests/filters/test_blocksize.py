@@ -371,7 +371,7 @@ def test_each_part_is_durable_if_the_plugin_can_do_that(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", REQUESTS)
-def test_all_parts_are_made_durable_by_one_flush_after_the_last(verb: str) -> None:
+def test_D2_all_parts_are_made_durable_by_one_flush_after_the_last(verb: str) -> None:
     handle, disk = filtered(NoFua, minblock="512", maxdata="1k", maxlen="1k")
 
     REQUESTS[verb](handle, Flags.FUA)
@@ -594,7 +594,7 @@ class Racing(Sectors):
     ],
     ids=["whole block", "another part of the block", "zero", "trim"],
 )
-def test_nobody_writes_a_block_that_another_connection_is_changing(late: Callable[[Handle], None]) -> None:
+def test_D8_nobody_writes_a_block_that_another_connection_is_changing(late: Callable[[Handle], None]) -> None:
     disk = Racing()
     plugin, unit = Disks(lambda _: disk), configured(Blocksize(), minblock="512")
     one, other = opened(plugin, unit), opened(plugin, unit)
@@ -630,7 +630,7 @@ def _watch(unit: Any) -> threading.Semaphore:
     return waits
 
 
-def test_writers_of_parts_of_the_same_blocks_lose_nothing() -> None:
+def test_D8_writers_of_parts_of_the_same_blocks_lose_nothing() -> None:
     plugin, unit = memory(8192), configured(Blocksize(), minblock="4k")
     handles = [opened(plugin, unit) for _ in range(2)]
     failures: list[BaseException] = []

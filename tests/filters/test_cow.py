@@ -795,7 +795,7 @@ class Racing(Below):
     ],
     ids=["whole block", "another part", "trim"],
 )
-def test_what_is_written_while_the_block_is_being_fetched_is_not_lost(
+def test_D8_what_is_written_while_the_block_is_being_fetched_is_not_lost(
     first: str, second: Callable[[Handle], None], serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Racing, "reading", threading.Event())
@@ -850,7 +850,7 @@ def _watch(lock: Any) -> threading.Semaphore:
     return waits
 
 
-def test_writers_of_parts_of_the_same_blocks_lose_nothing(serve: Serve) -> None:
+def test_D8_writers_of_parts_of_the_same_blocks_lose_nothing(serve: Serve) -> None:
     stack = serve(memory(16 * BLOCK), cow_on_read="true")
     handles = [connect(stack) for _ in range(2)]
     failures: list[BaseException] = []

@@ -495,7 +495,7 @@ def check_sectors(found: bytes, possible: Sequence[bytes]) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_a_process_that_is_killed_loses_nothing_that_it_has_answered(seed: int, path: Path, disk: Disk) -> None:
+def test_D9_a_process_that_is_killed_loses_nothing_that_it_has_answered(seed: int, path: Path, disk: Disk) -> None:
     chance = random.Random(seed)
     model = bytearray(CONTENT)
     life = Life(path)
@@ -516,7 +516,7 @@ def test_a_process_that_is_killed_loses_nothing_that_it_has_answered(seed: int, 
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_a_machine_that_loses_power_loses_nothing_that_was_flushed(
+def test_D10_a_machine_that_loses_power_loses_nothing_that_was_flushed(
     seed: int, path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chance = random.Random(seed)
@@ -557,7 +557,7 @@ def connect(path: Path, tmp_path: Path) -> Iterator[Callable[[], tuple[Server, N
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_server_that_is_killed_keeps_every_write_that_it_has_answered(
+def test_D3_D9_a_server_that_is_killed_keeps_every_write_that_it_has_answered(
     seed: int, connect: Callable[[], tuple[Server, NbdClient]]
 ) -> None:
     chance = random.Random(seed)

@@ -450,7 +450,7 @@ class Failing(Recorder):
             raise BAD
 
 
-def test_write_of_a_dead_connection_is_not_tried_again_after_newer_data(start_server: StartServer) -> None:
+def test_D7_write_of_a_dead_connection_is_not_tried_again_after_newer_data(start_server: StartServer) -> None:
     plugin, retry = Failing(), Retry()
     retry.config("retry-delay", "3600")
     running = start_server(plugin, retry)

@@ -380,14 +380,14 @@ def test_zeroes_on_tmpfs_are_allocated_or_not_as_asked(small_disk: Path) -> None
 # --- flush and FUA ---
 
 
-def test_flush_syncs_the_file(handle: FileHandle, synced: list[int]) -> None:
+def test_D1_flush_syncs_the_file(handle: FileHandle, synced: list[int]) -> None:
     handle.flush()
 
     assert synced == [handle.fd]
 
 
 @pytest.mark.parametrize("flags", [Flags.NONE, Flags.FUA, Flags.FUA | Flags.MAY_TRIM])
-def test_fua_syncs_after_the_change(
+def test_D2_fua_syncs_after_the_change(
     flags: Flags, path: Path, handle: FileHandle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: list[str] = []

@@ -174,7 +174,9 @@ def at_once(sync: FileSync, count: int, finished: Callable[[BaseException | None
 
 
 @pytest.mark.parametrize("failing", [False, True])
-def test_flushes_that_wait_share_the_next_one_and_its_failure(failing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_D4_flushes_that_wait_share_the_next_one_and_its_failure(
+    failing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sync, lock = FileSync(bytearray(1), 0), _CountingLock()
     monkeypatch.setattr(sync, "_lock", lock)
     running, proceed = threading.Event(), threading.Event()

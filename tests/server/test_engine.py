@@ -1004,7 +1004,7 @@ def test_of_what_does_not_know_its_extents_all_is_data(style: Style, serve: Serv
     ],
     ids=repr,
 )
-def test_extents_that_cannot_be_are_an_error(answer: object, style: Style, serve: Serve) -> None:
+def test_G4_extents_that_cannot_be_are_an_error(answer: object, style: Style, serve: Serve) -> None:
     class Odd(Whole):
         def extents(self, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
             return answer  # type: ignore[return-value]
@@ -1067,7 +1067,7 @@ def raising(verb: str, error: BaseException, base: type[Whole]) -> type[Whole]:
 @pytest.mark.parametrize("base", [Inline, Whole], ids=["inline", "worker"])
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize(("error", "wire"), RAISED, ids=lambda value: f"{type(value).__name__}")
-def test_whatever_a_verb_raises_is_an_error_of_that_request_alone(
+def test_G1_whatever_a_verb_raises_is_an_error_of_that_request_alone(
     error: BaseException, wire: NbdError, verb: str, base: type[Whole], serve: Serve, to_workers: None
 ) -> None:
     client, handle, _ = serve(raising(verb, error, base))
@@ -1208,7 +1208,7 @@ def returning(data: object, base: type[Whole]) -> type[Whole]:
     ],
     ids=["inline", "worker", "alone", "alone inline"],
 )
-def test_what_is_not_the_data_is_an_error_and_no_byte_of_it_is_sent(
+def test_G2_what_is_not_the_data_is_an_error_and_no_byte_of_it_is_sent(
     data: object, style: Style, base: type[Whole], model: ThreadModel, serve: Serve, to_workers: None
 ) -> None:
     client, _, _ = serve(returning(data, base), style, model)
@@ -1563,7 +1563,7 @@ def test_what_was_asked_for_before_disc_is_done_though_the_client_does_not_wait(
 
 
 @pytest.mark.parametrize("sent", [0, 1, 1000, 199_999])
-def test_a_write_that_was_cut_off_is_not_done(sent: int, serve: Serve) -> None:
+def test_D6_a_write_that_was_cut_off_is_not_done(sent: int, serve: Serve) -> None:
     client, handle, solo = serve(Whole)
     client.send_bytes(
         bytes.fromhex("25609513 0000 0001 0000000000000001 0000000000000000") + (200_000).to_bytes(4, "big")

@@ -186,7 +186,7 @@ def give_way() -> None:
 
 
 @pytest.mark.parametrize("model", [ThreadModel.SERIALIZE_ALL_REQUESTS, ThreadModel.SERIALIZE_REQUESTS])
-def test_calls_overlap_as_far_as_the_thread_model_allows_and_no_further(
+def test_G5_calls_overlap_as_far_as_the_thread_model_allows_and_no_further(
     model: ThreadModel, start_server: StartServer
 ) -> None:
     plugin = Watching(model, give_way)
@@ -284,7 +284,7 @@ def test_a_silent_client_holds_up_nobody(model: ThreadModel, start_server: Start
     assert time.monotonic() - begin < AT_ONCE
 
 
-def test_a_call_that_does_not_return_holds_up_its_own_connection_only(start_server: StartServer) -> None:
+def test_G3_a_call_that_does_not_return_holds_up_its_own_connection_only(start_server: StartServer) -> None:
     inside, gate = threading.Event(), threading.Event()
 
     class Stuck(Disk):
@@ -802,7 +802,7 @@ def test_a_second_request_to_end_does_not_wait_for_clients(start_server: StartSe
 
 
 @MODELS
-def test_a_backend_that_does_not_return_is_abandoned_and_reported(
+def test_G3_a_backend_that_does_not_return_is_abandoned_and_reported(
     model: ThreadModel,
     start_server: StartServer,
     monkeypatch: pytest.MonkeyPatch,

@@ -97,7 +97,7 @@ def test_a_client_that_is_refused_gets_no_byte(start_session: StartSession, mess
 
 
 @RAISED
-def test_whatever_is_raised_before_the_greeting_ends_the_connection_only(
+def test_G1_whatever_is_raised_before_the_greeting_ends_the_connection_only(
     error: BaseException, start_session: StartSession
 ) -> None:
     solo = start_session(None, Refusing(error))
@@ -228,7 +228,7 @@ class Undescribed(Disk):
         raise ValueError("broken")
 
 
-def test_what_fails_after_the_opening_closes_the_export(start_session: StartSession) -> None:
+def test_G7_what_fails_after_the_opening_closes_the_export(start_session: StartSession) -> None:
     plugin = Disks(Undescribed)
     client = start_session(plugin).client
     client.greet()
@@ -473,7 +473,7 @@ WAYS_OUT = [vanish, say_goodbye, send_rubbish, leave_in_a_header, leave_half_ope
 
 @pytest.mark.parametrize("model", list(ThreadModel), ids=lambda model: model.name.lower())
 @pytest.mark.parametrize("leave", WAYS_OUT, ids=lambda leave: leave.__name__)
-def test_an_export_is_closed_once_however_the_client_leaves(
+def test_G7_an_export_is_closed_once_however_the_client_leaves(
     leave: Callable[[NbdClient], None], model: ThreadModel, start_session: StartSession
 ) -> None:
     plugin = Disks(model=model)
@@ -590,7 +590,7 @@ def test_a_session_that_is_stopped_between_handshake_and_requests_refuses_these(
 
 
 @RAISED
-def test_a_failure_to_close_is_logged_and_no_more(
+def test_G1_a_failure_to_close_is_logged_and_no_more(
     error: BaseException, start_session: StartSession, messages: Messages
 ) -> None:
     class Sticky(Disk):
@@ -772,7 +772,9 @@ class Written(Disk):
 
 
 @pytest.mark.parametrize("threads", [1, 16])
-def test_what_sleeps_does_not_outlive_its_client(start_session: StartSession, messages: Messages, threads: int) -> None:
+def test_D7_what_sleeps_does_not_outlive_its_client(
+    start_session: StartSession, messages: Messages, threads: int
+) -> None:
     slow = Slow()
     solo = start_session(Disks(Written), slow, threads=threads)
     solo.client.negotiate()

@@ -733,7 +733,7 @@ def started(words: list[str], stderr: int = subprocess.DEVNULL) -> Iterator[tupl
 
 
 @pytest.mark.parametrize("stderr", [subprocess.DEVNULL, subprocess.STDOUT])
-def test_what_a_plugin_prints_does_not_reach_the_client(stderr: int) -> None:
+def test_G8_what_a_plugin_prints_does_not_reach_the_client(stderr: int) -> None:
     with started([sys.executable, "-c", NOISY], stderr) as (process, client):
         client.negotiate()
         assert client.read(0, 100) == CONTENT[:100]
