@@ -423,33 +423,6 @@ def test_an_interrupt_at_the_terminal_is_for_the_main_process(
     assert len([event for event, _ in events(journal) if event == "cleanup"]) == 2
 
 
-def test_what_was_acknowledged_before_the_end_is_kept(start: Callable[..., Pool], tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.write_bytes(bytes(1 << 20))
-    pool = start(plugin="file", parameters=[f"file={disk}"])
-    written: set[int] = set()
-    enough = threading.Semaphore(0)
-
-    def write(number: int) -> None:
-        with contextlib.suppress(OSError, EOFError, AssertionError), pool.client() as client:
-            for place in range(number, 256, 4):
-                client.write(place * 4096, bytes([place]) * 4096)
-                written.add(place)
-                enough.release()
-
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for _ in range(40):
-        assert enough.acquire(timeout=PATIENCE)
-    pool.end()
-    for thread in threads:
-        thread.join()
-
-    content = disk.read_bytes()
-    assert all(content[place * 4096 : (place + 1) * 4096] == bytes([place]) * 4096 for place in written)
-
-
 def test_workers_end_in_order_when_the_main_process_is_killed(start: Callable[..., Pool]) -> None:
     pool = start()
     clients = [pool.client() for _ in range(2)]
