@@ -80,6 +80,8 @@ class Pids(Plugin):
             raise KeyError("no such client")
         if self.bad == "unspeakable":
             raise Unspeakable
+        if self.bad == "exits":
+            sys.exit(0)
         if self.bad == "hangs":
             threading.Event().wait()
     def count_is_zero(self):

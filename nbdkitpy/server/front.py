@@ -232,7 +232,12 @@ class Front:
             self._complain("cannot accept a client: %s", error.strerror)
             return False
         self._accepted += 1
-        return self._take(sock, self._accepted, stack)
+        try:
+            return self._take(sock, self._accepted, stack)
+        except MemoryError:
+            sock.close()
+            self._complain("cannot serve a client: no memory")
+            return False
 
     def _take_a_breather(self) -> None:
         """Leave clients in the queue for a moment, as there is no room; but wake up for a shutdown."""

@@ -66,10 +66,10 @@ class Server(Front):
             oldest.abort()
         try:
             thread.start()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:  # the system has no room for one more
             sock.close()
             self._forget(session)
-            self._complain("cannot serve a client: %s", error)
+            self._complain("cannot serve a client: %s", str(error) or "no memory")
             return False
         return True
 

@@ -166,6 +166,10 @@ class Server:
         """Return the lines that it has written on standard error so far."""
         return self._log.read_text().splitlines()
 
+    def status(self) -> int:
+        """Wait until it ends, however that may be, and return its exit status."""
+        return self._process.wait(PATIENCE)
+
     def wait(self) -> list[str]:
         """Wait until it ends by itself, which it has to do in order, and return its standard error's lines."""
         status = self._process.wait(PATIENCE)

@@ -92,7 +92,9 @@ def test_each_process_calls_what_is_its_part(start: Callable[..., Pool]) -> None
     assert len({pool.pid, first, second}) == 3
 
 
-@pytest.mark.parametrize(("bad", "said"), [("preconnect", "KeyError"), ("unspeakable", "refused: Unspeakable")])
+@pytest.mark.parametrize(
+    ("bad", "said"), [("preconnect", "KeyError"), ("unspeakable", "refused: Unspeakable"), ("exits", "SystemExit: 0")]
+)
 def test_G1_a_unit_that_fails_to_judge_a_client_ends_that_client_alone(
     start: Callable[..., Pool], bad: str, said: str
 ) -> None:

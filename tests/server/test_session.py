@@ -230,12 +230,14 @@ class Undescribed(Disk):
 
 def test_G7_what_fails_after_the_opening_closes_the_export(start_session: StartSession) -> None:
     plugin = Disks(Undescribed)
-    client = start_session(plugin).client
-    client.greet()
+    solo = start_session(plugin)
+    solo.client.greet()
 
     with pytest.raises(Refused):
-        client.go("", InfoType.DESCRIPTION)
+        solo.client.go("", InfoType.DESCRIPTION)
 
+    assert (plugin.opened, plugin.closed) == (1, 1)
+    solo.finish()
     assert (plugin.opened, plugin.closed) == (1, 1)
 
 

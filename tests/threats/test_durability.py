@@ -242,9 +242,14 @@ def test_D7_what_was_asked_for_before_disc_is_done_though_the_client_has_gone(
 SIZE = 4 * Writers.BLOCKS * BLOCK
 
 
-def by(*numbers: signal.Signals) -> Callable[[Server], object]:
+def by(*numbers: signal.Signals) -> Callable[[Server], None]:
     """Send these signals to the main process."""
-    return lambda server: [os.kill(server.pid, number) for number in numbers]
+
+    def send(server: Server) -> None:
+        for number in numbers:
+            os.kill(server.pid, number)
+
+    return send
 
 
 def by_killing_workers(server: Server) -> None:
@@ -253,7 +258,7 @@ def by_killing_workers(server: Server) -> None:
         os.kill(int(pid), signal.SIGKILL)
 
 
-ENDS: Mapping[str, tuple[Sequence[str], Callable[[Server], object]]] = {
+ENDS: Mapping[str, tuple[Sequence[str], Callable[[Server], None]]] = {
     "SIGTERM": ([], by(signal.SIGTERM)),
     "SIGTERM of workers": (["--workers=2"], by(signal.SIGTERM)),
     "SIGTERM twice": ([], by(signal.SIGTERM, signal.SIGTERM)),
