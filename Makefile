@@ -15,9 +15,8 @@ CLIENTS := nbdkit nbdkit-plugin-python libnbd-bin python3-libnbd qemu-utils nbd-
 BENCHMARKED := nbdkit nbdkit-plugin-python libnbd-bin fio gcc libc6-dev
 BENCH ?= --suite proof
 
-# What `make fuzz` fuzzes, and for how long each.
+# What `make fuzz` fuzzes.
 TARGETS ?= handshake transmission conversation session
-MINUTES ?= 5
 
 # What makes and runs the virtual machine of `make test-vm`.
 MACHINE := qemu-system-x86 mmdebstrap genext2fs e2fsprogs
@@ -31,7 +30,7 @@ apt = { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	&& apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q $(1); } \
 	|| { echo "Missing Debian packages. Please type: sudo apt-get install" $(1) >&2; false; }
 
-.PHONY: help run test test-vm lint docs bench fuzz clean clients
+.PHONY: help run test test-vm lint docs bench fuzz soak clean clients
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -62,11 +61,14 @@ bench: $(VENV)/runs  ## Compare with nbdkit, side by side, or what BENCH says: m
 	$(BIN)/python benchmarks/compare.py $(BENCH)
 
 fuzz: $(VENV)/fuzz  ## Fuzz the core for MINUTES (5) each of the targets in fuzz/, or of what TARGETS says
-	@for target in $(TARGETS); do $(BIN)/python -m fuzz.run $$target $(MINUTES) || exit; done
+	@for target in $(TARGETS); do $(BIN)/python -m fuzz.run $$target $(or $(MINUTES),5) || exit; done
 
-test-vm: $(VENV)/runs  ## Run the tests of vsock, kernel and systemd in a virtual machine; K=WORD selects some
+test-vm: $(VENV)/runs  ## Run those of vsock, kernel, systemd and a power cut in a virtual machine; K=WORD selects some
 	@dpkg -s $(MACHINE) >/dev/null 2>&1 || $(call apt,--no-install-recommends $(MACHINE))
-	@$(BIN)/python tests/vm/run.py $(if $(K),-k '$(K)')
+	@$(BIN)/python tests/vm/run.py $(if $(K),'$(K)')
+
+soak: $(VENV)/tests  ## Let random clients loose on servers for MINUTES (10), and look for what is lost or leaks
+	@$(BIN)/python -m tests.soak.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 clean:  ## Remove what make has made
 	rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
