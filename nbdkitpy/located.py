@@ -66,7 +66,9 @@ class _Search(Generic[B]):
             return modules.load(self._location)
         except UnitError as error:
             raise UnitError(f"{self._what}: {error}") from error
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a unit's may be anything
             self._has_failed(error)
 
     def choose(self, module: ModuleType, registered: Callable[[ModuleType], Sequence[object]]) -> type[B]:
@@ -75,7 +77,9 @@ class _Search(Generic[B]):
             return self._of_name(module, self._location.cls)
         try:
             handed_over = [*dict.fromkeys(registered(module))]
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a unit's may be anything
             self._has_failed(error)
         return self._only(module, handed_over or _defined(self._base, module))
 
