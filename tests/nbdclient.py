@@ -64,6 +64,12 @@ class NbdClient(Wire):
         except ConnectionResetError:
             return True
 
+    def wait_for_end(self) -> None:
+        """Wait until the server has closed the connection, whatever it sends before."""
+        with contextlib.suppress(ConnectionResetError):
+            while self.socket.recv(1 << 16):
+                pass
+
     def reset(self) -> None:
         """Break the connection, so that a TCP server sees a reset rather than an orderly end."""
         if self.socket.family != socket.AF_UNIX:

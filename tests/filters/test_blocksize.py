@@ -301,7 +301,7 @@ def test_a_prefetch_is_widened_and_cut_into_pieces() -> None:
     assert disk.calls == [("cache", 1024, 0), ("cache", 1024, 1024)]
 
 
-def test_a_request_of_4_gib_less_one_is_cut_where_32_bits_end() -> None:
+def test_CVE_2025_47712_a_request_of_4_gib_less_one_is_cut_where_32_bits_end() -> None:
     handle, disk = filtered(Huge, minblock="512")
 
     handle.trim(UNBOUNDED, 512, 0)
@@ -454,7 +454,9 @@ def test_a_beginning_of_a_block_behind_others_is_left_for_the_next_time() -> Non
 
 @pytest.mark.parametrize("minblock", ["1", "512", "64k"])
 @pytest.mark.parametrize("offset", [0, 512, Huge.size - UNBOUNDED])
-def test_block_status_of_4_gib_less_one_is_asked_in_pieces_that_fit_in_32_bits(minblock: str, offset: int) -> None:
+def test_CVE_2025_47712_block_status_of_4_gib_less_one_is_asked_in_pieces_that_fit_in_32_bits(
+    minblock: str, offset: int
+) -> None:
     handle, disk = filtered(Huge, minblock=minblock)
     disk.known = [Extent(0, Huge.size, HOLE)]
 
@@ -594,7 +596,9 @@ class Racing(Sectors):
     ],
     ids=["whole block", "another part of the block", "zero", "trim"],
 )
-def test_D8_nobody_writes_a_block_that_another_connection_is_changing(late: Callable[[Handle], None]) -> None:
+def test_D8_nbdkit_539246ea_nobody_writes_a_block_that_another_connection_is_changing(
+    late: Callable[[Handle], None],
+) -> None:
     disk = Racing()
     plugin, unit = Disks(lambda _: disk), configured(Blocksize(), minblock="512")
     one, other = opened(plugin, unit), opened(plugin, unit)
@@ -630,7 +634,7 @@ def _watch(unit: Any) -> threading.Semaphore:
     return waits
 
 
-def test_D8_writers_of_parts_of_the_same_blocks_lose_nothing() -> None:
+def test_D8_nbdkit_539246ea_writers_of_parts_of_the_same_blocks_lose_nothing() -> None:
     plugin, unit = memory(8192), configured(Blocksize(), minblock="4k")
     handles = [opened(plugin, unit) for _ in range(2)]
     failures: list[BaseException] = []

@@ -310,7 +310,7 @@ def test_reads_below_keep_to_the_maximum_of_the_plugin(serve: Serve) -> None:
     assert handle.pread(4096, 0) == CONTENT[:1024] + b"x" * 512 + CONTENT[1536:4096]
 
 
-def test_an_error_below_is_the_error_of_that_request_and_changes_nothing(serve: Serve) -> None:
+def test_CVE_2022_0485_an_error_below_is_the_error_of_that_request_and_changes_nothing(serve: Serve) -> None:
     class Broken(Below):
         broken = True
 
@@ -795,7 +795,7 @@ class Racing(Below):
     ],
     ids=["whole block", "another part", "trim"],
 )
-def test_D8_what_is_written_while_the_block_is_being_fetched_is_not_lost(
+def test_D8_nbdkit_539246ea_what_is_written_while_the_block_is_being_fetched_is_not_lost(
     first: str, second: Callable[[Handle], None], serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Racing, "reading", threading.Event())
@@ -850,7 +850,7 @@ def _watch(lock: Any) -> threading.Semaphore:
     return waits
 
 
-def test_D8_writers_of_parts_of_the_same_blocks_lose_nothing(serve: Serve) -> None:
+def test_D8_nbdkit_539246ea_writers_of_parts_of_the_same_blocks_lose_nothing(serve: Serve) -> None:
     stack = serve(memory(16 * BLOCK), cow_on_read="true")
     handles = [connect(stack) for _ in range(2)]
     failures: list[BaseException] = []

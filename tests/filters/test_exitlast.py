@@ -98,7 +98,7 @@ def test_only_the_last_of_several_clients_ends_the_server(stack: Stack, plugin: 
     assert plugin.events == ["close", "close", "close", "finish"]
 
 
-def test_clients_that_only_connect_or_list_do_not_count(stack: Stack, plugin: Disks) -> None:
+def test_N12_clients_that_only_connect_or_list_do_not_count(stack: Stack, plugin: Disks) -> None:
     stack.preconnect(CLIENT, False)
     stack.list_exports(CLIENT, False)
     stack.default_export(CLIENT, False)
@@ -145,7 +145,7 @@ def test_a_client_that_probes_and_then_opens_is_served(stack: Stack, plugin: Dis
     assert plugin.events == ["close", "close", "finish"]
 
 
-def test_probes_beside_a_client_do_not_end_the_server_under_it(stack: Stack, plugin: Disks) -> None:
+def test_N12_probes_beside_a_client_do_not_end_the_server_under_it(stack: Stack, plugin: Disks) -> None:
     stack.open("", False, CLIENT)
 
     for _ in range(100):

@@ -141,7 +141,7 @@ def test_only_a_rule_for_all_permits_a_client_of_unknown_address(client: Client)
 
 
 @pytest.mark.parametrize("client", [UNIX, VSOCK, UNKNOWN])
-def test_deny_all_refuses_other_families_than_the_allowed_one(client: Client) -> None:
+def test_A4_nbdkit_1_40_deny_all_refuses_other_families_than_the_allowed_one(client: Client) -> None:
     assert not permits(client, "allow=127.0.0.1,loopback,0.0.0.0/0,::/0", "deny=all")
 
 
@@ -160,7 +160,7 @@ def test_family_keywords_match_their_family_alone(word: str, family: str) -> Non
 
 @pytest.mark.parametrize("rule", ["all", "any", "ALL", "Any"])
 @pytest.mark.parametrize("client", FAMILIES.values())
-def test_all_matches_every_family(rule: str, client: Client) -> None:
+def test_A4_nbdkit_1_40_all_matches_every_family(rule: str, client: Client) -> None:
     assert matches(client, rule)
 
 
@@ -212,7 +212,7 @@ def test_loopback_keywords(rules: list[str], matched: set[str]) -> None:
         ("::ffff:a00:1", "10.0.0.1", True),
     ],
 )
-def test_an_address_matches_by_its_prefix(rule: str, address: str, matched: bool) -> None:
+def test_A2_A6_A7_CVE_2013_6410_an_address_matches_by_its_prefix(rule: str, address: str, matched: bool) -> None:
     assert matches(tcp(address), rule) is matched
 
 
@@ -297,7 +297,7 @@ def test_an_ipv4_client_of_an_ipv6_socket_is_an_ipv4_client(parameters: list[str
         ("vsock-cid:1000", False),
     ],
 )
-def test_credentials_of_a_unix_client(rule: str, matched: bool) -> None:
+def test_A5_nbdkit_1_40_credentials_of_a_unix_client(rule: str, matched: bool) -> None:
     assert matches(UNIX, rule) is matched
 
 

@@ -218,7 +218,7 @@ def test_clients_of_a_unix_socket_are_told_from_others_by_their_credentials(serv
     assert len(refused.end()) == 1
 
 
-def test_inquiries_do_not_end_a_server_with_exitlast(serve: Servers, nbdinfo: Tool, libnbd: None) -> None:
+def test_N12_inquiries_do_not_end_a_server_with_exitlast(serve: Servers, nbdinfo: Tool, libnbd: None) -> None:
     server = serve("--filter=exitlast", "memory", "1M")
 
     for _ in range(2):

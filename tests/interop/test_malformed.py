@@ -287,7 +287,7 @@ def test_a_failed_set_meta_context_forgets_the_selection(connect: Connect, writa
     writable.check(lines, LINES_OF_A_WRONG_OPTION + 1)
 
 
-def test_an_option_within_another_ones_data_is_not_carried_out(connect: Connect, writable: Scene) -> None:
+def test_qemu_4843_an_option_within_another_ones_data_is_not_carried_out(connect: Connect, writable: Scene) -> None:
     lines = len(writable.server.log())
     peer = connect(writable.server)
 
@@ -311,7 +311,7 @@ def test_structured_replies_are_refused_after_extended_headers(connect: Connect,
 
 
 @pytest.mark.parametrize("number", [INFO, GO])
-def test_an_export_that_does_not_exist_is_an_error_and_the_connection_goes_on(
+def test_CVE_2021_20286_an_export_that_does_not_exist_is_an_error_and_the_connection_goes_on(
     connect: Connect, serve: Servers, tmp_path: Path, number: int
 ) -> None:
     server = serve("file", f"dir={tmp_path}")
@@ -325,7 +325,7 @@ def test_an_export_that_does_not_exist_is_an_error_and_the_connection_goes_on(
     assert line.isprintable()
 
 
-def test_clients_without_fixed_newstyle_may_only_name_an_export(connect: Connect, writable: Scene) -> None:
+def test_N11_clients_without_fixed_newstyle_may_only_name_an_export(connect: Connect, writable: Scene) -> None:
     lines = len(writable.server.log())
     peer = connect(writable.server, 2)
 
@@ -386,7 +386,7 @@ WRONG = {
 
 @pytest.mark.parametrize("style", ["simple", "structured"])
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_request_gets_its_error_and_the_connection_goes_on(
+def test_R1_R3_R5_a_wrong_request_gets_its_error_and_the_connection_goes_on(
     connect: Connect, writable: Scene, case: str, style: str
 ) -> None:
     data, error = WRONG[case]
@@ -422,7 +422,7 @@ WRONG_EXTENDED = {
 
 
 @pytest.mark.parametrize("case", WRONG_EXTENDED)
-def test_a_wrong_extended_request_gets_its_error_and_the_connection_goes_on(
+def test_R1_R3_R5_a_wrong_extended_request_gets_its_error_and_the_connection_goes_on(
     connect: Connect, writable: Scene, case: str
 ) -> None:
     data, error = WRONG_EXTENDED[case]
@@ -457,7 +457,7 @@ def test_a_write_without_payload_len_is_taken_as_qemu_means_it(connect: Connect,
     [request(WRITE, 0, 4096, 0, b"x" * 4096), request(TRIM, 0, 4096), request(WRITE_ZEROES, 0, 4096)],
     ids=["WRITE", "TRIM", "WRITE_ZEROES"],
 )
-def test_what_writes_is_not_permitted_on_a_read_only_export(connect: Connect, readonly: Scene, data: bytes) -> None:
+def test_R2_what_writes_is_not_permitted_on_a_read_only_export(connect: Connect, readonly: Scene, data: bytes) -> None:
     lines = len(readonly.server.log())
     peer = connect(readonly.server)
     peer.go()
@@ -526,7 +526,7 @@ def test_a_write_that_is_cut_off_changes_nothing(connect: Connect, writable: Sce
 
 
 @pytest.mark.parametrize("style", ["simple", "structured", "extended"])
-def test_reading_what_a_file_has_lost_is_an_error_of_that_request(
+def test_F7_CVE_2022_0485_reading_what_a_file_has_lost_is_an_error_of_that_request(
     connect: Connect, serve: Servers, tmp_path: Path, style: str
 ) -> None:
     image = full_image(tmp_path / "disk.img", SIZE)
@@ -560,7 +560,7 @@ def test_a_client_that_sends_endless_invalid_requests_does_not_fill_the_log(conn
     writable.check(lines, 11)
 
 
-def test_bytes_after_disc_are_ignored(connect: Connect, writable: Scene) -> None:
+def test_R8_bytes_after_disc_are_ignored(connect: Connect, writable: Scene) -> None:
     lines = len(writable.server.log())
     peer = connect(writable.server)
     peer.go()

@@ -30,14 +30,16 @@ from nbdkitpy.protocol.errors import OptionError, nbd_error, printable
         (None, 5),
     ],
 )
-def test_errno_maps_to_its_number_on_the_wire(number: int | None, expected: int) -> None:
+def test_R9_errno_maps_to_its_number_on_the_wire(number: int | None, expected: int) -> None:
     assert nbd_error(number) == expected
 
 
 @pytest.mark.parametrize("number", [*errno.errorcode, None])
 @pytest.mark.parametrize("fast_zero", [False, True])
 @pytest.mark.parametrize("dont_fragment", [False, True])
-def test_no_errno_escapes_the_numbers_of_the_protocol(number: int | None, fast_zero: bool, dont_fragment: bool) -> None:
+def test_R9_no_errno_escapes_the_numbers_of_the_protocol(
+    number: int | None, fast_zero: bool, dont_fragment: bool
+) -> None:
     answer = nbd_error(number, fast_zero=fast_zero, dont_fragment=dont_fragment)
 
     assert isinstance(answer, NbdError)
@@ -46,12 +48,12 @@ def test_no_errno_escapes_the_numbers_of_the_protocol(number: int | None, fast_z
 
 
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.EOPNOTSUPP])
-def test_enotsup_is_only_for_fast_zero(number: int) -> None:
+def test_R9_enotsup_is_only_for_fast_zero(number: int) -> None:
     assert nbd_error(number, fast_zero=True) == NbdError.ENOTSUP
     assert nbd_error(number, dont_fragment=True) == NbdError.EINVAL
 
 
-def test_eoverflow_is_only_for_dont_fragment() -> None:
+def test_R9_eoverflow_is_only_for_dont_fragment() -> None:
     assert nbd_error(errno.EOVERFLOW, dont_fragment=True) == NbdError.EOVERFLOW
     assert nbd_error(errno.EOVERFLOW, fast_zero=True) == NbdError.EINVAL
 

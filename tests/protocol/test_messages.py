@@ -101,7 +101,7 @@ def test_error_text_is_cut_and_printable() -> None:
 
 
 @pytest.mark.parametrize("character", ["x", "é", "€", "😀", "\n", "\0", "\udcff"])
-def test_cve_2020_10761_error_text_stays_short_and_whole(character: str) -> None:
+def test_CVE_2020_10761_error_text_stays_short_and_whole(character: str) -> None:
     for lead in range(8):
         text = messages.error_text("x" * lead + character * 4096)
 

@@ -72,7 +72,9 @@ def test_second_starttls_is_invalid(mode: TlsMode) -> None:
 
 @pytest.mark.parametrize("mode", ON_OR_REQUIRE)
 @pytest.mark.parametrize("behind", [b"I", option(Option.LIST), option(Option.ABORT), bytes.fromhex("160301")])
-def test_t1_whatever_came_with_starttls_in_clear_text_ends_the_connection(mode: TlsMode, behind: bytes) -> None:
+def test_T1_CVE_2024_34083_whatever_came_with_starttls_in_clear_text_ends_the_connection(
+    mode: TlsMode, behind: bytes
+) -> None:
     client = client_of(mode)
 
     with pytest.raises(RemoteProtocolError, match="clear text behind STARTTLS"):
@@ -86,7 +88,7 @@ def test_t1_whatever_came_with_starttls_in_clear_text_ends_the_connection(mode: 
 # T2 (CVE-2021-3716): what was agreed on in clear text.
 
 
-def test_t2_cve_2021_3716_structured_replies_are_forgotten() -> None:
+def test_T2_CVE_2021_3716_structured_replies_are_forgotten() -> None:
     client = client_of(TlsMode.ON)
     client.ask(Option.STRUCTURED_REPLY)
 

@@ -228,7 +228,9 @@ def test_at_boundary_tells_whether_a_request_is_cut_off(extended: bool, length: 
 @FORMS
 @pytest.mark.parametrize("command", UNKNOWN)
 @pytest.mark.parametrize("flags", [0, 1, 0x20, 0xFFDF])
-def test_an_unknown_command_is_refused_and_has_no_payload_of_its_own(extended: bool, command: int, flags: int) -> None:
+def test_R5_an_unknown_command_is_refused_and_has_no_payload_of_its_own(
+    extended: bool, command: int, flags: int
+) -> None:
     payload = bytes(512) if extended and flags & PAYLOAD_LEN else b""
     sent = message(command, extended=extended, flags=flags)
 
@@ -252,7 +254,7 @@ def flag_is_for(command: int, flag: int, advertised: TransmissionFlag) -> bool:
     [(extended, 1 << bit) for extended in (False, True) for bit in range(16) if not (extended and bit == 5)],
 )
 @pytest.mark.parametrize("command", KNOWN)
-def test_each_flag_is_accepted_where_it_is_valid_and_advertised(extended: bool, flag: int, command: Command) -> None:
+def test_R5_each_flag_is_accepted_where_it_is_valid_and_advertised(extended: bool, flag: int, command: Command) -> None:
     advertisements = [
         ALL,
         TransmissionFlag.HAS_FLAGS | NEEDS.get(command, TransmissionFlag(0)),
@@ -360,7 +362,7 @@ WITHOUT_PAYLOAD = [command for command in RANGED if command != Command.WRITE]
     # The payload of a WRITE of 4 GiB would have to follow.
     [(c, *a_range) for c in RANGED for a_range in RANGES if not (c == Command.WRITE and a_range[1] == 0xFFFFFFFF)],
 )
-def test_a_range_is_served_only_if_it_lies_within_the_export(
+def test_R1_a_range_is_served_only_if_it_lies_within_the_export(
     extended: bool, command: Command, offset: int, length: int, inside: bool
 ) -> None:
     sent = message(command, extended=extended, offset=offset, length=length)
@@ -376,7 +378,7 @@ def test_a_range_is_served_only_if_it_lies_within_the_export(
 
 @pytest.mark.parametrize("command", WITHOUT_PAYLOAD)
 @pytest.mark.parametrize(("offset", "length"), LONG_RANGES)
-def test_a_64_bit_range_outside_the_export_is_refused(command: Command, offset: int, length: int) -> None:
+def test_R1_a_64_bit_range_outside_the_export_is_refused(command: Command, offset: int, length: int) -> None:
     sent = extended_header(command, offset=offset, length=length)
 
     assert outcome_of(transmission(extended=True), sent) == BEYOND[command]
@@ -384,7 +386,7 @@ def test_a_64_bit_range_outside_the_export_is_refused(command: Command, offset: 
 
 @FORMS
 @pytest.mark.parametrize("command", RANGED)
-def test_the_end_of_the_largest_export_is_the_end(extended: bool, command: Command) -> None:
+def test_R1_the_end_of_the_largest_export_is_the_end(extended: bool, command: Command) -> None:
     last = message(command, extended=extended, offset=HUGE - 512)
     beyond = message(command, extended=extended, offset=HUGE - 511)
 
@@ -435,7 +437,7 @@ def test_commands_without_data_may_be_longer_than_the_maximum(command: Command) 
 @FORMS
 @pytest.mark.parametrize("command", [Command.WRITE, Command.TRIM, Command.WRITE_ZEROES])
 @pytest.mark.parametrize("flags", [0, 1, 2, 4, 8, 16, 31, 0xFFDF])
-def test_nothing_is_written_to_a_read_only_export(extended: bool, command: Command, flags: int) -> None:
+def test_R2_nothing_is_written_to_a_read_only_export(extended: bool, command: Command, flags: int) -> None:
     for offset, length in [(0, 512), (SIZE, 512), (0, 0), (1, 3), ((1 << 64) - 1, 512)]:
         receiver = transmission(extended=extended, flags=ALL | TransmissionFlag.READ_ONLY, minimum=512)
         sent = message(command, extended=extended, flags=flags, offset=offset, length=length)
@@ -468,7 +470,7 @@ def test_a_read_only_export_takes_what_does_not_write(extended: bool, command: C
         ("shutdown", NbdError.ESHUTDOWN),
     ],
 )
-def test_the_payload_of_a_refused_write_is_consumed(
+def test_R3_the_payload_of_a_refused_write_is_consumed(
     extended: bool, step: int | None, case: str, error: NbdError
 ) -> None:
     length = 3000
@@ -563,7 +565,7 @@ def test_no_maximum_is_larger_than_64_mib(maximum: int) -> None:
 
 @FORMS
 @pytest.mark.parametrize("length", [MAX_PAYLOAD + 1, 2 * MAX_PAYLOAD])
-def test_a_write_of_up_to_128_mib_is_skipped_in_small_buffers(extended: bool, length: int) -> None:
+def test_R4_a_write_of_up_to_128_mib_is_skipped_in_small_buffers(extended: bool, length: int) -> None:
     receiver = transmission(extended=extended, size=HUGE)
     piece = bytes(4 * MIB)
     sent = message(Command.WRITE, extended=extended, cookie=5, length=0)
@@ -595,7 +597,7 @@ def test_a_write_of_up_to_128_mib_is_skipped_in_small_buffers(extended: bool, le
         extended_header(99, flags=PAYLOAD_LEN, length=1 << 63),
     ],
 )
-def test_a_payload_that_is_larger_still_ends_the_connection(sent: bytes) -> None:
+def test_R4_a_payload_that_is_larger_still_ends_the_connection(sent: bytes) -> None:
     extended = sent[:4] == bytes.fromhex("21e41c71")
     receiver = transmission(extended=extended, size=HUGE)
 
@@ -608,7 +610,7 @@ def test_a_payload_that_is_larger_still_ends_the_connection(sent: bytes) -> None
 
 
 @FORMS
-def test_lengths_that_are_only_announced_allocate_nothing(extended: bool) -> None:
+def test_R4_lengths_that_are_only_announced_allocate_nothing(extended: bool) -> None:
     receivers = [transmission(extended=extended, size=HUGE) for _ in range(5)]
     pour(receivers[0], message(Command.READ, extended=extended))  # whatever is made at the first use
     header = extended_header if extended else compact

@@ -279,7 +279,9 @@ MUST = f"socket activation: descriptor {FIRST} must be a stream socket that list
 
 
 @pytest.mark.parametrize(("make", "what"), WRONG_SOCKETS)
-def test_socket_of_another_kind_is_an_error(handed: Handed, make: Callable[[], socket.socket], what: str) -> None:
+def test_A13_CVE_2025_40080_socket_of_another_kind_is_an_error(
+    handed: Handed, make: Callable[[], socket.socket], what: str
+) -> None:
     with make() as sock:
         handed.over(sock.fileno())
 

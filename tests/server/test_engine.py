@@ -146,7 +146,7 @@ def ask(client: NbdClient, verb: str, offset: int = 0, length: int = 4096, *, fl
 @ALL_STYLES
 @pytest.mark.parametrize("handle", [Whole, Inline])
 @pytest.mark.parametrize("model", list(ThreadModel), ids=lambda model: model.name.lower())
-def test_requests_in_a_pipeline_are_all_answered(
+def test_R6_requests_in_a_pipeline_are_all_answered(
     handle: Callable[[Disks], Handle], style: Style, model: ThreadModel, serve: Serve
 ) -> None:
     client, _, _ = serve(handle, style, model)
@@ -169,7 +169,7 @@ def test_requests_in_a_pipeline_are_all_answered(
 
 
 @ALL_STYLES
-def test_a_cookie_may_be_used_twice_at_once(style: Style, serve: Serve) -> None:
+def test_R6_a_cookie_may_be_used_twice_at_once(style: Style, serve: Serve) -> None:
     client, _, _ = serve(Inline, style)
 
     with client.batched():
@@ -689,7 +689,7 @@ def test_a_file_is_not_asked_for_where_a_lock_would_be_held_while_it_is_sent(mod
 
 @CHUNKED
 @pytest.mark.parametrize("length", [0, 1000, 40000])
-def test_a_file_that_has_become_shorter_is_an_error_of_that_read_alone(
+def test_CVE_2022_0485_a_file_that_has_become_shorter_is_an_error_of_that_read_alone(
     length: int, style: Style, serve: Serve, caplog: pytest.LogCaptureFixture
 ) -> None:
     client, handle, _ = serve(FromFile, style)
@@ -931,7 +931,7 @@ def test_large_data_between_holes_go_to_a_worker_if_there_is_no_file(style: Styl
 
 
 @CHUNKED
-def test_a_file_that_becomes_shorter_ends_a_read_with_holes(style: Style, serve: Serve) -> None:
+def test_CVE_2022_0485_a_file_that_becomes_shorter_ends_a_read_with_holes(style: Style, serve: Serve) -> None:
     client, disk, _ = serve(SparseLarge, style)
     os.truncate(disk.fd, SIZE // 2)
 
@@ -974,7 +974,7 @@ def test_extents_that_fail_fail_the_read(handle: type[Sparse], serve: Serve) -> 
 
 
 @CHUNKED
-def test_the_block_status_is_what_the_handle_says_of_the_range(style: Style, serve: Serve) -> None:
+def test_R7_the_block_status_is_what_the_handle_says_of_the_range(style: Style, serve: Serve) -> None:
     client, _, _ = serve(Sparse, style)
 
     assert ask(client, "extents", 100, 40000).extents == [(16284, HOLE), (16384, DATA), (7332, HOLE)]
@@ -1000,11 +1000,15 @@ def test_of_what_does_not_know_its_extents_all_is_data(style: Style, serve: Serv
         [(0, 4096, 9)],
         [(1, 4096, 0)],
         [(0, 512, 0), (100, 512, 0)],
+        [(0, 512, 0), (1024, 512, 0)],
+        [(0, 0, 0), (0, 0, 3)],
+        [(0, 4096, -1)],
+        [(4096, 4096, 0), (0, 4096, 0)],
         [(0, 1.5, 0)],
     ],
     ids=repr,
 )
-def test_G4_extents_that_cannot_be_are_an_error(answer: object, style: Style, serve: Serve) -> None:
+def test_G4_R7_extents_that_cannot_be_are_an_error(answer: object, style: Style, serve: Serve) -> None:
     class Odd(Whole):
         def extents(self, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
             return answer  # type: ignore[return-value]
@@ -1013,6 +1017,24 @@ def test_G4_extents_that_cannot_be_are_an_error(answer: object, style: Style, se
 
     assert ask(client, "extents").error == NbdError.EIO
     assert client.read(0, 100) == CONTENT[:100]
+
+
+@CHUNKED
+@pytest.mark.parametrize("flags", [0, CommandFlag.REQ_ONE])
+def test_R7_CVE_2023_5871_extents_are_cut_to_the_request_however_long_they_are(
+    style: Style, flags: int, serve: Serve
+) -> None:
+    class Long(Whole):
+        def extents(self, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
+            yield (0, 0, HOLE)
+            yield (0, offset + 512, HOLE)
+            yield (offset + 512, 1 << 70, DATA)
+            raise AssertionError("nobody asks for more")
+
+    client, _, _ = serve(Long, style)
+
+    expected = [(512, HOLE)] if flags else [(512, HOLE), (3584, DATA)]
+    assert ask(client, "extents", SIZE - 4096, 4096, flags=flags).extents == expected
 
 
 # --- what a backend may raise ---
@@ -1142,7 +1164,9 @@ def test_the_client_is_told_the_text_of_an_error_but_not_that_of_a_defect(serve:
         ("trim", errno.EOPNOTSUPP, 0, NbdError.EINVAL),
     ],
 )
-def test_some_errors_are_for_some_flags_only(verb: str, number: int, flags: int, wire: NbdError, serve: Serve) -> None:
+def test_R9_some_errors_are_for_some_flags_only(
+    verb: str, number: int, flags: int, wire: NbdError, serve: Serve
+) -> None:
     client, _, _ = serve(raising(verb, OSError(number, "no"), Whole))
 
     assert ask(client, verb, flags=flags).error == wire
@@ -1208,7 +1232,7 @@ def returning(data: object, base: type[Whole]) -> type[Whole]:
     ],
     ids=["inline", "worker", "alone", "alone inline"],
 )
-def test_G2_what_is_not_the_data_is_an_error_and_no_byte_of_it_is_sent(
+def test_G2_nbdkit_b1ce255e_what_is_not_the_data_is_an_error_and_no_byte_of_it_is_sent(
     data: object, style: Style, base: type[Whole], model: ThreadModel, serve: Serve, to_workers: None
 ) -> None:
     client, _, _ = serve(returning(data, base), style, model)
@@ -1497,7 +1521,7 @@ class Together(Whole):
 
 @ALL_STYLES
 @pytest.mark.parametrize("end", ["DISC", "DISC with bytes behind it", "half-close"])
-def test_all_that_was_asked_for_is_answered_before_the_connection_ends(end: str, style: Style, serve: Serve) -> None:
+def test_R8_all_that_was_asked_for_is_answered_before_the_connection_ends(end: str, style: Style, serve: Serve) -> None:
     client, handle, solo = serve(Together, style)
     with client.batched():
         cookies = {client.send(Command.READ, number * 512, 512): number for number in range(16)}

@@ -97,7 +97,7 @@ def test_a_client_that_is_refused_gets_no_byte(start_session: StartSession, mess
 
 
 @RAISED
-def test_G1_whatever_is_raised_before_the_greeting_ends_the_connection_only(
+def test_G1_N6_whatever_is_raised_before_the_greeting_ends_the_connection_only(
     error: BaseException, start_session: StartSession
 ) -> None:
     solo = start_session(None, Refusing(error))
@@ -136,7 +136,7 @@ def test_requests_that_come_right_behind_go_are_served(start_session: StartSessi
 
 
 @pytest.mark.parametrize("no_zeroes", [False, True])
-def test_export_name_opens_an_export_as_well(no_zeroes: bool, start_session: StartSession) -> None:
+def test_N10_export_name_opens_an_export_as_well(no_zeroes: bool, start_session: StartSession) -> None:
     client = start_session().client
     client.greet(3 if no_zeroes else 1)
 
@@ -148,7 +148,7 @@ def test_export_name_opens_an_export_as_well(no_zeroes: bool, start_session: Sta
     assert client.read(0, 10) == CONTENT[:10]
 
 
-def test_info_closes_the_export_again(start_session: StartSession) -> None:
+def test_N5_info_closes_the_export_again(start_session: StartSession) -> None:
     plugin = Disks()
     client = start_session(plugin).client
     client.greet()
@@ -241,7 +241,7 @@ def test_G7_what_fails_after_the_opening_closes_the_export(start_session: StartS
     assert (plugin.opened, plugin.closed) == (1, 1)
 
 
-def test_export_name_has_no_way_to_refuse_but_to_hang_up(start_session: StartSession, messages: Messages) -> None:
+def test_N10_export_name_has_no_way_to_refuse_but_to_hang_up(start_session: StartSession, messages: Messages) -> None:
     plugin = Disks(failing(OSError(errno.ENOENT, "nothing here")))  # type: ignore[arg-type]
     solo = start_session(plugin)
     solo.client.greet()

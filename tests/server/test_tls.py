@@ -119,7 +119,7 @@ def test_end_is_said_by_close_notify(start: Start) -> None:
     assert client.socket.recv(1) == b""  # else it would raise
 
 
-def test_client_that_says_close_notify_and_disc_at_once_is_at_its_end(start: Start) -> None:
+def test_T8_nbdserver_7a64238_client_that_says_close_notify_and_disc_at_once_is_at_its_end(start: Start) -> None:
     """The end came with the last request: taking it for nothing was an endless loop."""
     running = start()
     raw = raw_client(running, client_context(start.directory))
@@ -293,7 +293,7 @@ def test_certificates_that_cannot_be_read_again_leave_the_old_ones(start: Start,
 
 
 @pytest.mark.parametrize("behind", [b"I", struct.pack(">8sII", b"IHAVEOPT", Option.LIST, 0)])
-def test_t1_plain_text_in_one_segment_with_starttls_ends_the_connection(
+def test_T1_CVE_2024_34083_plain_text_in_one_segment_with_starttls_ends_the_connection(
     start: Start, messages: Messages, behind: bytes
 ) -> None:
     client = start.greeted(start())
@@ -304,7 +304,9 @@ def test_t1_plain_text_in_one_segment_with_starttls_ends_the_connection(
     assert "something came in clear text behind STARTTLS" in messages()[0]
 
 
-def test_t1_plain_text_before_the_client_hello_ends_the_connection(start: Start, messages: Messages) -> None:
+def test_T1_CVE_2024_34083_plain_text_before_the_client_hello_ends_the_connection(
+    start: Start, messages: Messages
+) -> None:
     plugin = Disks()
     running = start(plugin)
     client = start.greeted(running)
@@ -332,7 +334,7 @@ def test_t1_first_answer_within_tls_is_to_the_first_option_within_tls(start: Sta
 # --- T2 ---
 
 
-def test_t2_cve_2021_3716_replies_within_tls_are_those_agreed_on_there(start: Start) -> None:
+def test_T2_CVE_2021_3716_replies_within_tls_are_those_agreed_on_there(start: Start) -> None:
     client = start.greeted(start(tls=tls_of(start.directory, TlsMode.ON)))
     client.option(Option.STRUCTURED_REPLY)
     query = struct.pack(">III", 0, 1, 15) + b"base:allocation"
@@ -348,7 +350,7 @@ def test_t2_cve_2021_3716_replies_within_tls_are_those_agreed_on_there(start: St
 # --- T3 ---
 
 
-def test_t3_nothing_is_opened_without_tls_where_it_is_required(start: Start) -> None:
+def test_T3_N5_nbdkit_282c3b03_nothing_is_opened_without_tls_where_it_is_required(start: Start) -> None:
     plugin = Disks()
     running = start(plugin)
     client = start.greeted(running)
@@ -364,7 +366,7 @@ def test_t3_nothing_is_opened_without_tls_where_it_is_required(start: Start) -> 
     assert plugin.opened == 0
 
 
-def test_t3_refused_option_with_data_and_starttls_on_the_same_connection(start: Start) -> None:
+def test_T3_nbdkit_282c3b03_refused_option_with_data_and_starttls_on_the_same_connection(start: Start) -> None:
     client = start.greeted(start())
     with pytest.raises(Refused):
         client.go("some name")
@@ -603,7 +605,7 @@ def test_t7_shutdown_does_not_wait_for_a_tls_handshake(start: Start) -> None:
 # --- T8: abrupt ends ---
 
 
-def test_t8_end_without_close_notify_is_a_lost_connection(start: Start, messages: Messages) -> None:
+def test_T8_nbdserver_7a64238_end_without_close_notify_is_a_lost_connection(start: Start, messages: Messages) -> None:
     running = start()
     client = start.connect(running)
 
@@ -701,7 +703,7 @@ def test_t11_cve_2023_40217_reset_between_starttls_and_tls_serves_nothing(
 # --- R3: refused requests are skipped by way of TLS ---
 
 
-def test_r3_payload_of_a_refused_write_is_skipped_within_tls(start: Start) -> None:
+def test_R3_payload_of_a_refused_write_is_skipped_within_tls(start: Start) -> None:
     client = start.connect(start())
 
     assert client.call(Command.WRITE, 0, data=bytes(100_000)).error

@@ -51,7 +51,10 @@ def test_unix(path: str, name: str, uri: str) -> None:
         (Transport.VSOCK, {"port": 5}, {"tls-psk-file": "/k"}, "nbds+vsock://1:5/x?tls-psk-file=/k"),
     ],
 )
-def test_tls(transport: Transport, where: dict[str, Any], tls: dict[str, str], uri: str) -> None:
+def test_CVE_2019_14842_CVE_2024_7383_uri_says_that_tls_is_required(
+    transport: Transport, where: dict[str, Any], tls: dict[str, str], uri: str
+) -> None:
+    """Clients went on in clear text, or with anybody: what we can do for them is to say what they have to insist on."""
     assert make_uri(transport, "x", **where, tls=tls) == uri
 
 
