@@ -87,7 +87,7 @@ class Engine:
         self._idle_timeout = idle_timeout
         self._refusals = 0
         self._is_at_end = False  # nothing more comes from the client
-        self._is_left = False  # the client has gone without a word: what it has asked for, and waits, is dropped
+        self._is_left = False  # the client has gone without a word, as far as is known: what waits is put aside
 
         # Who carries out what. There may be no workers: then every call is made by the reading thread.
         handle = export.handle
@@ -97,6 +97,7 @@ class Engine:
         self._paces = {command: Pace(quick=command in _QUICK_AT_FIRST) for command in VERBS}
         self._write_now = self._commands.pwrite if "pwrite" in handle.inline else None
         self._workers = Workers(self._work_on, threads, name)
+        self._postponed: list[Request] = []  # what has been put aside
 
         # Replies on their way out.
         self._budget = Budget(_IN_HAND)
@@ -150,6 +151,7 @@ class Engine:
             self._budget.wait_until_unused()
             self._workers.stop()
             del self._workers  # which refer to us: buffers of megabytes would wait for the garbage collector
+            self._settle_postponed()
         if transmission.failure is not None:
             # Not itself, as its traceback would refer to what refers to it, and keep all that from being freed.
             raise RemoteProtocolError(*transmission.failure.args)
@@ -259,10 +261,12 @@ class Engine:
         if not pace.quick:
             self._batch.send()  # replies do not wait for what comes after them
             self._look_out()
-        if not self._is_left:
-            self._batch.append(self._timed(request, pace))
-            if not pace.quick:
-                self._look_out()
+        if self._is_left:
+            self._postponed.append(self._kept(request))
+            return
+        self._batch.append(self._timed(request, pace))
+        if not pace.quick:
+            self._look_out()
 
     def _have_done(self, request: Request) -> None:
         """Have a read done that has to wait."""
@@ -273,20 +277,28 @@ class Engine:
 
     def _hand_over(self, request: Request) -> None:
         """Give a request to the workers, when there is room for one more."""
+        request = self._kept(request)
         if self._is_left:
+            self._postponed.append(request)
             return
-        if request.payload:
-            request = request._replace(payload=self._transmission.keep_payload(request.payload))
         self._budget.take(_cost(request))
         self._workers.put(request)
+
+    def _kept(self, request: Request) -> Request:
+        """Return a request that stays valid when more are received."""
+        if not request.payload:
+            return request
+        return request._replace(payload=self._transmission.keep_payload(request.payload))
 
     def _work_on(self, request: Request) -> None:
         """What a worker does with one request."""
         pieces: Sequence[Buffer] = ()
         try:
-            if self._is_at_end:
+            if self._is_at_end or self._sender.broken:
                 self._look_out()
-            if not self._is_left:
+            if self._is_left:
+                self._postponed.append(request)
+            else:
                 durable = request.flags & _WIRE_FUA and request.command != _READ
                 pieces = self._timed(request, self._paces[Command.FLUSH if durable else request.command])
         except BaseException as error:  # not even a reply could be made of it, for want of memory perhaps
@@ -299,6 +311,15 @@ class Engine:
         pieces = self._commands.perform(request)
         pace.took(time.perf_counter() - begin)
         return pieces
+
+    def _settle_postponed(self) -> None:
+        """Do what has been put aside if the client turns out to have taken its leave, else drop it."""
+        postponed, self._postponed = self._postponed, []
+        if self._transmission.finished:
+            for request in postponed:
+                self._commands.perform(request)
+        elif postponed:
+            self._log.info("%s: gone, %d requests that had not begun are dropped", self._name, len(postponed))
 
 
 def _cost(request: Request) -> int:
