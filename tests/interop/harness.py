@@ -157,9 +157,11 @@ class Server:
         """Return a new connection to it, on which nothing has happened yet."""
         if urlsplit(self.uri).scheme == "nbd":
             return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(PATIENCE)
-        sock.connect(self.unix_path)
+        with contextlib.ExitStack() as ends:
+            sock = ends.enter_context(socket.socket(socket.AF_UNIX))
+            sock.connect(self.unix_path)  # with a time limit it would fail if too many clients wait
+            sock.settimeout(PATIENCE)
+            ends.pop_all()
         return sock
 
     def log(self) -> list[str]:

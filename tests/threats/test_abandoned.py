@@ -64,7 +64,7 @@ def stuck(server: Running, plugin: Journal, model: ThreadModel) -> NbdClient:
 
 
 @MODELS
-def test_d7_ydb_nbs_7070_writes_that_have_not_begun_when_the_client_is_gone_never_do(
+def test_D7_ydb_nbs_7070_writes_that_have_not_begun_when_the_client_is_gone_never_do(
     model: ThreadModel, start_server: StartServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "nbdkitpy")
@@ -87,7 +87,7 @@ def test_d7_ydb_nbs_7070_writes_that_have_not_begun_when_the_client_is_gone_neve
 
 
 @MODELS
-def test_d7_what_a_client_has_asked_for_before_disc_is_done_though_it_does_not_wait(
+def test_D7_what_a_client_has_asked_for_before_disc_is_done_though_it_does_not_wait(
     model: ThreadModel, start_server: StartServer
 ) -> None:
     plugin = Journal(model)
@@ -103,7 +103,7 @@ def test_d7_what_a_client_has_asked_for_before_disc_is_done_though_it_does_not_w
 
 
 @MODELS
-def test_d7_a_client_that_takes_its_replies_may_have_closed_its_half_of_the_connection(
+def test_D7_a_client_that_takes_its_replies_may_have_closed_its_half_of_the_connection(
     model: ThreadModel, start_server: StartServer
 ) -> None:
     plugin = Journal(model)
