@@ -43,6 +43,9 @@ class PipeEnds:
     def recv(self, count: int) -> bytes:
         return os.read(self._receiving, count)
 
+    def recv_into(self, buffer: memoryview) -> int:
+        return os.readv(self._receiving, [buffer])
+
     def sendall(self, data: bytes) -> None:
         view = memoryview(data)
         while view:
