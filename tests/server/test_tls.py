@@ -162,6 +162,11 @@ class Raw:
     def recv(self, count: int) -> bytes:
         return bytes(self.until_done(lambda: self.tls.read(count)))
 
+    def recv_into(self, buffer: memoryview) -> int:
+        data = self.recv(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def settimeout(self, seconds: float) -> None: ...
 
     def close(self) -> None:
