@@ -48,7 +48,7 @@ def recorded(path: str, style: Style, name: str = "") -> tuple[bytes, bytes]:
     sock.settimeout(PATIENCE)
     sock.connect(path)
     _converse(NbdClient(sock), style, name)
-    assert sock.sent and sock.received, "the client sends or receives by other calls now"
+    assert all((sock.sent, sock.received)), "the client sends or receives by other calls now"
     return bytes(sock.sent), bytes(sock.received)
 
 
