@@ -953,7 +953,7 @@ def test_program_serves_until_a_signal_and_leaves_nothing(units: Path, tmp_path:
     assert errors == "load {}\nunload\n"
 
 
-def test_files_have_the_same_mode_whatever_the_umask(units: Path, tmp_path: Path) -> None:
+def test_A10_files_have_the_same_mode_whatever_the_umask(units: Path, tmp_path: Path) -> None:
     path, pidfile = tmp_path / "sock", tmp_path / "pid"
 
     with program(units, "-f", "tdisk", "1M", "-U", str(path), "-P", str(pidfile), "--print-uri", umask=0) as server:
@@ -1049,7 +1049,7 @@ def test_closed_standard_stream_is_refused(units: Path, tmp_path: Path, closed: 
     assert errors == ["nbdkitpy: error: stdin must be open\n", "nbdkitpy: error: stdout must be open\n", ""][closed]
 
 
-def test_program_as_a_module_does_not_import_from_the_current_directory(units: Path, tmp_path: Path) -> None:
+def test_P5_program_as_a_module_does_not_import_from_the_current_directory(units: Path, tmp_path: Path) -> None:
     hostile = tmp_path / "hostile"
     hostile.mkdir()
     for name in ("click", "logging", "socket", "syslog", "cli_test_units"):
@@ -1072,7 +1072,7 @@ def test_program_as_a_module_does_not_import_from_the_current_directory(units: P
         (1, None, True),
     ],
 )
-def test_module_drops_the_first_place_to_import_from_if_python_put_it_there(
+def test_P5_module_drops_the_first_place_to_import_from_if_python_put_it_there(
     monkeypatch: pytest.MonkeyPatch, isolated: int, safe_path: bool | None, kept: bool
 ) -> None:
     others = {name: getattr(sys.flags, name) for name in dir(sys.flags) if name[0] != "_" and name != "safe_path"}

@@ -180,7 +180,7 @@ def test_traceback_is_for_the_verbose_only(capsys: pytest.CaptureFixture[str]) -
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_traceback_cannot_look_like_other_messages(capsys: pytest.CaptureFixture[str]) -> None:
+def test_F5_traceback_cannot_look_like_other_messages(capsys: pytest.CaptureFixture[str]) -> None:
     with log.setup(verbose=True):
         UNIT.error("pread", exc_info=ValueError("a name\nnbdkitpy: error: forged\x1b[2J"))
 
@@ -460,7 +460,7 @@ def test_message_that_cannot_be_made_is_shown_as_far_as_it_goes(capsys: pytest.C
     ]
 
 
-def test_message_stays_on_one_line_and_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
+def test_F5_message_stays_on_one_line_and_has_no_control_characters(capsys: pytest.CaptureFixture[str]) -> None:
     with log.setup():
         ROOT.error("name %s", "a\nnbdkitpy: error: forged\x1b[2J\x9b é")
 

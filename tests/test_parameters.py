@@ -97,7 +97,7 @@ def test_size_is_a_decimal_number_with_one_suffix(text: str, size: int) -> None:
         "1\0",
     ],
 )
-def test_size_refuses_everything_else(text: str) -> None:
+def test_P10_size_refuses_everything_else(text: str) -> None:
     with pytest.raises(ValueError, match=r"^a size "):
         parse_size(text)
 
@@ -208,7 +208,7 @@ def test_signed_integer_takes_a_minus(text: str, number: int) -> None:
         "1\0",
     ],
 )
-def test_unsigned_integer_refuses_everything_else(text: str) -> None:
+def test_P10_unsigned_integer_refuses_everything_else(text: str) -> None:
     with pytest.raises(ValueError, match=r"^an integer from 0 to 18446744073709551615$"):
         unsigned_64(text)
 
@@ -304,7 +304,7 @@ def test_probability_forms(text: str, probability: float) -> None:
         "1:" + MANY_DIGITS,
     ],
 )
-def test_probability_refuses_everything_else(text: str) -> None:
+def test_P10_probability_refuses_everything_else(text: str) -> None:
     with pytest.raises(ValueError, match=r"^a probability such as"):
         parse_probability(text)
 
@@ -364,7 +364,7 @@ def test_delay_forms(text: str, seconds: float) -> None:
         FULL_WIDTH_ONE + "s",
     ],
 )
-def test_delay_refuses_everything_else(text: str) -> None:
+def test_P10_delay_refuses_everything_else(text: str) -> None:
     with pytest.raises(ValueError, match=r"^a time "):
         parse_delay(text)
 
@@ -450,7 +450,7 @@ FIRST_LINES = [
 
 
 @pytest.mark.parametrize(("content", "password"), FIRST_LINES)
-def test_password_from_the_first_line_of_a_file(content: bytes, password: str, tmp_path: Path) -> None:
+def test_P4_password_from_the_first_line_of_a_file(content: bytes, password: str, tmp_path: Path) -> None:
     path = tmp_path / "password"
     path.write_bytes(content)
 
@@ -458,7 +458,7 @@ def test_password_from_the_first_line_of_a_file(content: bytes, password: str, t
 
 
 @pytest.mark.parametrize(("content", "password"), FIRST_LINES)
-def test_password_from_a_descriptor_which_is_closed(content: bytes, password: str) -> None:
+def test_P4_password_from_a_descriptor_which_is_closed(content: bytes, password: str) -> None:
     reader = _pipe_with(content)
 
     assert read_password(f"-{reader}") == password
@@ -708,7 +708,7 @@ def test_message_shows_nothing_that_a_terminal_would_act_on(given_text: str, sho
     assert str(caught.value) == f"unit: refused must be something else, not {shown}"
 
 
-def test_message_never_shows_a_secret() -> None:
+def test_P4_message_never_shows_a_secret() -> None:
     with pytest.raises(ConfigError) as caught:
         Unit.secret.accept(Unit(), "hunter2")
 
@@ -716,7 +716,7 @@ def test_message_never_shows_a_secret() -> None:
     assert caught.value.__suppress_context__
 
 
-def test_message_never_shows_a_password_given_in_a_wrong_form() -> None:
+def test_P4_message_never_shows_a_password_given_in_a_wrong_form() -> None:
     with pytest.raises(ConfigError) as caught:
         Unit.passphrase.accept(Unit(), "-hunter2")
 

@@ -102,7 +102,7 @@ def test_listing_imports_nothing(install: Install) -> None:
     assert not {"zeta", "beta"} & set(sys.modules)
 
 
-def test_listing_leaves_out_names_that_cannot_be_asked_for(install: Install) -> None:
+def test_P6_listing_leaves_out_names_that_cannot_be_asked_for(install: Install) -> None:
     install("odd", "[nbdkitpy.plugins]\n../x = odd\na.b = odd\ngood-1_x = odd\n")
 
     assert [offer.name for offer in Registry().names(Kind.PLUGIN)] == ["good-1_x"]
@@ -162,7 +162,7 @@ def test_unknown_unit_that_is_near_to_nothing_has_no_suggestion(install: Install
 
 
 @pytest.mark.parametrize("name", ["x;y", "", "x\n", "x.", "é", "１"])
-def test_name_that_is_no_short_name_is_refused_before_anything_is_looked_up(install: Install, name: str) -> None:
+def test_P6_name_that_is_no_short_name_is_refused_before_anything_is_looked_up(install: Install, name: str) -> None:
     assert failure(Kind.PLUGIN, name).endswith(f"has letters, digits, - and _ only, not {name!r}")
 
 

@@ -89,7 +89,7 @@ def test_systemd_complains_of_a_unit_that_is_wrong(analyze: str, installed: Path
     assert "ProtectSystm" in run(analyze, "verify", "--man=no", path)
 
 
-def test_template_leaves_little_exposed(analyze: str, installed: Path) -> None:
+def test_P9_template_leaves_little_exposed(analyze: str, installed: Path) -> None:
     report = run(
         analyze, "security", "--offline=yes", "--no-pager", f"--threshold={EXPOSURE}", installed / TEMPLATE.name
     )

@@ -245,7 +245,7 @@ def test_delayed_write_of_a_dead_connection_does_not_destroy_newer_data(
     assert plugin.requests == [("pwrite", 5, 0, 0)]
 
 
-def test_server_ends_although_requests_and_clients_are_delayed(start_server: StartServer) -> None:
+def test_S3_server_ends_although_requests_and_clients_are_delayed(start_server: StartServer) -> None:
     waiting = threading.Event()
     delay = Noticing(waiting)
     delay.config("rdelay", "3600")

@@ -120,7 +120,7 @@ def test_without_rules_everybody_is_permitted(client: Client) -> None:
         (["allow=10.0.0.1,", "deny=all"], "10.0.0.2", False),
     ],
 )
-def test_allow_comes_first_then_deny_then_everybody(parameters: list[str], address: str, permitted: bool) -> None:
+def test_A3_allow_comes_first_then_deny_then_everybody(parameters: list[str], address: str, permitted: bool) -> None:
     assert permits(tcp(address), *parameters) is permitted
 
 
@@ -131,7 +131,7 @@ def test_allow_comes_first_then_deny_then_everybody(parameters: list[str], addre
     "parameters",
     [["deny=8.0.0.0/8"], ["deny=anyunix"], ["allow=127.0.0.1"], ["allow=anyipv4,anyipv6"], ["deny=all"]],
 )
-def test_a_client_of_unknown_address_is_refused_by_any_rules(client: Client, parameters: list[str]) -> None:
+def test_A4_a_client_of_unknown_address_is_refused_by_any_rules(client: Client, parameters: list[str]) -> None:
     assert not permits(client, *parameters)
 
 
@@ -229,7 +229,7 @@ def colons(number: int) -> str:
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 31), st.integers(0, 32))
-def test_ipv4_bits_matter_within_the_prefix_only(base: int, flipped: int, length: int) -> None:
+def test_A2_ipv4_bits_matter_within_the_prefix_only(base: int, flipped: int, length: int) -> None:
     (rule,) = parse_rules(f"{dotted(base)}/{length}")
 
     assert rule.matches(Peer.of(tcp(dotted(base)))) is True
@@ -237,7 +237,7 @@ def test_ipv4_bits_matter_within_the_prefix_only(base: int, flipped: int, length
 
 
 @given(st.integers(1 << 64, 2**128 - 1), st.integers(0, 127), st.integers(0, 128))
-def test_ipv6_bits_matter_within_the_prefix_only(base: int, flipped: int, length: int) -> None:
+def test_A2_ipv6_bits_matter_within_the_prefix_only(base: int, flipped: int, length: int) -> None:
     (rule,) = parse_rules(f"{colons(base)}/{length}")
 
     assert rule.matches(Peer.of(tcp(colons(base)))) is True
@@ -246,7 +246,7 @@ def test_ipv6_bits_matter_within_the_prefix_only(base: int, flipped: int, length
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 31), st.integers(0, 32))
-def test_mapped_forms_of_rule_and_peer_mean_the_same_as_ipv4(base: int, flipped: int, length: int) -> None:
+def test_A1_mapped_forms_of_rule_and_peer_mean_the_same_as_ipv4(base: int, flipped: int, length: int) -> None:
     rules = [parse_rules(f"{dotted(base)}/{length}")[0], parse_rules(f"::ffff:{dotted(base)}/{96 + length}")[0]]
     other = dotted(base ^ 1 << flipped)
 
@@ -272,7 +272,7 @@ def test_mapped_forms_of_rule_and_peer_mean_the_same_as_ipv4(base: int, flipped:
         (["allow=::1", "deny=anyipv4"], False),
     ],
 )
-def test_an_ipv4_client_of_an_ipv6_socket_is_an_ipv4_client(parameters: list[str], permitted: bool) -> None:
+def test_A1_an_ipv4_client_of_an_ipv6_socket_is_an_ipv4_client(parameters: list[str], permitted: bool) -> None:
     assert permits(tcp("::ffff:10.0.0.1"), *parameters) is permitted
     assert permits(tcp("10.0.0.1"), *parameters) is permitted
 
@@ -315,7 +315,7 @@ def test_credentials_do_not_match_a_tcp_client(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", ["pid:1", "uid:0", "gid:0", "security:x"])
-def test_what_a_unix_client_hides_satisfies_deny_and_not_allow(rule: str) -> None:
+def test_A5_what_a_unix_client_hides_satisfies_deny_and_not_allow(rule: str) -> None:
     hidden = Client(1, Family.UNIX)
 
     assert not permits(hidden, f"allow={rule}", "deny=all")
@@ -515,7 +515,7 @@ def test_no_layer_is_put_around_the_handle(parameters: list[str]) -> None:
         ("all,dn:CN=x,O=y", "'O=y' is none"),
     ],
 )
-def test_what_is_no_rule_is_a_configuration_error(key: str, value: str, why: str) -> None:
+def test_A3_A7_what_is_no_rule_is_a_configuration_error(key: str, value: str, why: str) -> None:
     with pytest.raises(ConfigError, match=rf"^ip: {key} must be rules separated by commas \(.*{why}.*\), not "):
         make_stack(f"{key}={value}")
 
@@ -543,7 +543,7 @@ def test_any_text_is_rules_that_can_be_applied_or_a_value_error(kind: str, text:
 
 
 @given(st.text() | st.ip_addresses().map(str))
-def test_no_address_text_of_a_peer_is_a_crash(address: str) -> None:
+def test_A7_no_address_text_of_a_peer_is_a_crash(address: str) -> None:
     peer = Peer.of(Client(1, Family.INET6, address=address))
 
     assert (peer.family is Family.UNKNOWN) is (peer.address is None)

@@ -232,7 +232,7 @@ def test_list_that_fails_or_has_no_end(logged: Logged) -> None:
     assert lines[3] == "...ListExports id=2 return=-1 error=EPERM"
 
 
-def test_no_name_of_an_export_forges_a_line_or_acts_on_a_terminal(logged: Logged) -> None:
+def test_F5_no_name_of_an_export_forges_a_line_or_acts_on_a_terminal(logged: Logged) -> None:
     logged.open('a$b`c\\d"e')
     logged.open("one\nconnection=7 Disconnect\r\x1b[2J\x85\u2028é\U0001f4be")
 

@@ -247,7 +247,7 @@ def register_plugins(register):
 """
 
 
-def test_children_of_the_server_get_neither_the_sockets_nor_the_variables(
+def test_A13_P2_children_of_the_server_get_neither_the_sockets_nor_the_variables(
     activate: Activate, connect: Connect, path: Path, tmp_path: Path
 ) -> None:
     packages = tmp_path / "packages"
@@ -267,7 +267,7 @@ def test_children_of_the_server_get_neither_the_sockets_nor_the_variables(
     assert "LISTEN_" not in seen
 
 
-def test_sockets_for_another_process_are_ignored(
+def test_A13_sockets_for_another_process_are_ignored(
     activate: Activate, connect: Connect, path: Path, tmp_path: Path
 ) -> None:
     own = tmp_path / "own.sock"
@@ -286,7 +286,7 @@ def test_sockets_for_another_process_are_ignored(
 
 
 @pytest.mark.parametrize("count", ["0", "17", "-1", "1x", "", "99999999999", "１"])
-def test_wrong_count_ends_the_server(activate: Activate, connect: Connect, path: Path, count: str) -> None:
+def test_A13_wrong_count_ends_the_server(activate: Activate, connect: Connect, path: Path, count: str) -> None:
     server = activate([path], "memory", "1M", through=["env", f"LISTEN_FDS={count}"])
 
     client = connect(path)
@@ -298,7 +298,7 @@ def test_wrong_count_ends_the_server(activate: Activate, connect: Connect, path:
     assert line == f"nbdkitpy: error: {expected}"
 
 
-def test_missing_count_ends_the_server(activate: Activate, connect: Connect, path: Path) -> None:
+def test_A13_missing_count_ends_the_server(activate: Activate, connect: Connect, path: Path) -> None:
     server = activate([path], "memory", "1M", through=["env", "-u", "LISTEN_FDS"])
 
     connect(path)
@@ -324,7 +324,7 @@ def by_shell(redirection: str) -> list[str]:
     ],
     ids=["closed", "file", "device", "directory", "one too few", "many too few", "device to write to"],
 )
-def test_descriptor_that_is_no_socket_ends_the_server(
+def test_A13_descriptor_that_is_no_socket_ends_the_server(
     activate: Activate, connect: Connect, path: Path, through: list[str], number: int, what: str
 ) -> None:
     server = activate([path], "memory", "1M", options=["--fdname=disk:spare"], through=through)
@@ -344,7 +344,7 @@ def wrong_descriptor(number: int, name: str) -> str:
 @pytest.mark.parametrize(
     ("option", "kind"), [("--datagram", socket.SOCK_DGRAM), ("--seqpacket", socket.SOCK_SEQPACKET)]
 )
-def test_socket_of_another_kind_ends_the_server(
+def test_A13_socket_of_another_kind_ends_the_server(
     activate: Activate, path: Path, option: str, kind: socket.SocketKind
 ) -> None:
     server = activate([path], "memory", "1M", options=[option])
@@ -357,7 +357,7 @@ def test_socket_of_another_kind_ends_the_server(
     assert line == f"nbdkitpy: error: {wrong_descriptor(3, '')} it is a socket of type {kind.name}"
 
 
-def test_connection_in_place_of_a_listening_socket_ends_the_server(
+def test_A13_connection_in_place_of_a_listening_socket_ends_the_server(
     activate: Activate, connect: Connect, path: Path
 ) -> None:
     server = activate([path], "memory", "1M", options=["--accept"])
@@ -743,7 +743,7 @@ def ipv4_client(dual: socket.socket, source: str = "127.0.0.1") -> NbdClient:
     ],
     ids=" ".join,
 )
-def test_ipv4_client_of_an_ipv6_socket_is_permitted_by_rules_for_ipv4(
+def test_A1_ipv4_client_of_an_ipv6_socket_is_permitted_by_rules_for_ipv4(
     dual: socket.socket, start: Start, log: Path, rules: list[str]
 ) -> None:
     start([dual], "--filter=ip", "memory", "1M", *rules)
@@ -769,7 +769,7 @@ def test_ipv4_client_of_an_ipv6_socket_is_permitted_by_rules_for_ipv4(
     ],
     ids=" ".join,
 )
-def test_ipv4_client_of_an_ipv6_socket_is_refused_by_rules_for_ipv4(
+def test_A1_ipv4_client_of_an_ipv6_socket_is_refused_by_rules_for_ipv4(
     dual: socket.socket, start: Start, log: Path, rules: list[str]
 ) -> None:
     start([dual], "--filter=ip", "memory", "1M", *rules)
@@ -783,7 +783,7 @@ def test_ipv4_client_of_an_ipv6_socket_is_refused_by_rules_for_ipv4(
     assert "::ffff" not in line
 
 
-def test_ipv4_clients_of_an_ipv6_socket_are_told_from_each_other(dual: socket.socket, start: Start) -> None:
+def test_A1_ipv4_clients_of_an_ipv6_socket_are_told_from_each_other(dual: socket.socket, start: Start) -> None:
     start([dual], "--filter=ip", "memory", "1M", "allow=127.0.0.4/30", "deny=all")
 
     ends = []

@@ -280,7 +280,7 @@ def test_other_signals_end_the_server_in_order_too(serve: Servers, number: signa
     assert server.wait() == []
 
 
-def test_run_serves_while_a_command_runs_and_gives_back_its_status(nbdinfo: Tool) -> None:
+def test_S6_run_serves_while_a_command_runs_and_gives_back_its_status(nbdinfo: Tool) -> None:
     output = run([*NBDKITPY, "memory", "1M", "--run", f'{nbdinfo.path} --size "$uri"; exit 7'], status=7)
 
     assert output.strip() == str(MIB)

@@ -191,7 +191,7 @@ def test_uris_lead_to_exports_of_odd_names(serve: Servers, odd_directory: Path, 
     assert run_script("content.py", server.uri) == name
 
 
-def test_names_that_lead_out_of_the_directory_are_refused(serve: Servers, tmp_path: Path) -> None:
+def test_F1_names_that_lead_out_of_the_directory_are_refused(serve: Servers, tmp_path: Path) -> None:
     directory = tmp_path / "exports"
     (directory / "sub").mkdir(parents=True)
     (tmp_path / "secret").write_text("secret")

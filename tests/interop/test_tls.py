@@ -210,7 +210,7 @@ def test_qemu_img_by_pre_shared_keys(serve: Servers, qemu_img: Tool, keys: Path)
         (["-o", "--tls=require", "--tls-certificates", "{good}"], "--tls=require and --oldstyle exclude each other"),
     ],
 )
-def test_t4_server_that_cannot_do_what_it_is_told_does_not_start(
+def test_T4_server_that_cannot_do_what_it_is_told_does_not_start(
     tmp_path: Path, certificates: Path, words: list[str], message: str
 ) -> None:
     places = {"empty": tmp_path, "good": certificates}

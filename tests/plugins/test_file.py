@@ -111,7 +111,7 @@ def test_exactly_one_source_must_be_given(keys: tuple[str, ...], disk: Path, des
         ("reduce-memory-pressure", "perhaps", "must be true or false"),
     ],
 )
-def test_a_wrong_value_is_refused_with_what_would_be_right(
+def test_F3_F11_a_wrong_value_is_refused_with_what_would_be_right(
     key: str, value: str, message: str, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(disk.parent)
@@ -130,14 +130,14 @@ def test_a_wrong_value_is_refused_with_what_would_be_right(
         (os.O_WRONLY | os.O_APPEND, "O_APPEND and O_WRONLY"),
     ],
 )
-def test_a_descriptor_that_cannot_be_served_is_refused(
+def test_F11_a_descriptor_that_cannot_be_served_is_refused(
     flags: int, named: str, disk: Path, descriptor: Callable[..., int]
 ) -> None:
     with pytest.raises(ConfigError, match=f"reading and writing \\(this has {named}\\)"):
         configured(("fd", descriptor(disk, flags)))
 
 
-def test_a_descriptor_of_something_else_is_refused(disk: Path, descriptor: Callable[..., int]) -> None:
+def test_F11_a_descriptor_of_something_else_is_refused(disk: Path, descriptor: Callable[..., int]) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs, pytest.raises(ConfigError, match=r"\(this is a socket\)"):
         configured(("fd", ours.fileno()))
@@ -252,7 +252,7 @@ def test_other_errors_of_opening_are_not_hidden(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("readonly", [False, True])
-def test_a_pipe_that_took_the_place_of_the_file_is_refused_without_waiting(readonly: bool, disk: Path) -> None:
+def test_F3_F4_a_pipe_that_took_the_place_of_the_file_is_refused_without_waiting(readonly: bool, disk: Path) -> None:
     plugin = configured(("file", disk))
     disk.unlink()
     os.mkfifo(disk)

@@ -133,7 +133,7 @@ def test_a_write_reaches_the_file_that_was_named(plugin: FilePlugin, root: Path)
         "disk\udc00",
     ],
 )
-def test_a_name_that_is_no_file_name_does_not_exist(name: str, readonly: bool, plugin: FilePlugin) -> None:
+def test_F1_a_name_that_is_no_file_name_does_not_exist(name: str, readonly: bool, plugin: FilePlugin) -> None:
     assert refused(plugin, name, readonly) == errno.ENOENT
 
 
@@ -154,7 +154,7 @@ def test_a_name_that_is_no_file_name_does_not_exist(name: str, readonly: bool, p
         "．．／secret",
     ],
 )
-def test_a_name_means_only_itself(name: str, plugin: FilePlugin, root: Path) -> None:
+def test_F1_a_name_means_only_itself(name: str, plugin: FilePlugin, root: Path) -> None:
     assert refused(plugin, name) == errno.ENOENT
 
     (root / name).write_bytes(b"itself")
@@ -175,7 +175,7 @@ def test_the_default_export_is_refused(plugin: FilePlugin) -> None:
 
 
 @pytest.mark.parametrize("target", ["disk", "./disk", "sub/inner", "sub/../disk", "chain"])
-def test_a_link_within_the_directory_is_followed_where_the_kernel_keeps_the_border(
+def test_F2_a_link_within_the_directory_is_followed_where_the_kernel_keeps_the_border(
     target: str, plugin: FilePlugin, root: Path, way: str
 ) -> None:
     (root / "chain").symlink_to("disk")
@@ -212,7 +212,7 @@ def test_a_link_within_the_directory_is_followed_where_the_kernel_keeps_the_bord
         "",
     ],
 )
-def test_a_link_that_leads_out_or_nowhere_is_refused_and_not_listed(
+def test_F2_a_link_that_leads_out_or_nowhere_is_refused_and_not_listed(
     target: str, readonly: bool, plugin: FilePlugin, root: Path
 ) -> None:
     (root / "up").symlink_to("..")
@@ -225,7 +225,7 @@ def test_a_link_that_leads_out_or_nowhere_is_refused_and_not_listed(
     assert names(plugin) == ["disk", "ünïcode name"]
 
 
-def test_a_name_that_is_swapped_all_the_time_never_gives_what_lies_outside(plugin: FilePlugin, root: Path) -> None:
+def test_F4_a_name_that_is_swapped_all_the_time_never_gives_what_lies_outside(plugin: FilePlugin, root: Path) -> None:
     (root / "out").symlink_to("../secret")
     stop = threading.Event()
 
@@ -264,7 +264,7 @@ def test_a_name_that_is_swapped_all_the_time_never_gives_what_lies_outside(plugi
 
 
 @pytest.mark.parametrize("readonly", [False, True])
-def test_special_files_are_refused_at_once_and_not_listed(plugin: FilePlugin, root: Path, readonly: bool) -> None:
+def test_F3_special_files_are_refused_at_once_and_not_listed(plugin: FilePlugin, root: Path, readonly: bool) -> None:
     os.mkfifo(root / "pipe")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(root / "socket"))
@@ -275,7 +275,7 @@ def test_special_files_are_refused_at_once_and_not_listed(plugin: FilePlugin, ro
     assert names(plugin) == ["disk", "ünïcode name"]
 
 
-def test_a_character_device_is_refused_and_not_listed(plugin: FilePlugin, root: Path) -> None:
+def test_F3_a_character_device_is_refused_and_not_listed(plugin: FilePlugin, root: Path) -> None:
     try:
         os.mknod(root / "zero", 0o20600, os.makedev(1, 5))
     except PermissionError:
@@ -294,7 +294,7 @@ def test_a_block_device_is_listed(plugin: FilePlugin, root: Path) -> None:
     assert "sda" in names(plugin)
 
 
-def test_names_that_are_not_utf8_are_not_listed(plugin: FilePlugin, root: Path) -> None:
+def test_F6_names_that_are_not_utf8_are_not_listed(plugin: FilePlugin, root: Path) -> None:
     try:
         (root / os.fsdecode(b"\xff\xfe")).write_bytes(b"x")
     except OSError:
@@ -318,7 +318,7 @@ def test_lists_at_the_same_time_do_not_disturb_each_other(plugin: FilePlugin, ro
     assert all(result == sorted(result) for result in results)
 
 
-def test_the_directory_is_held_even_if_another_takes_its_name(plugin: FilePlugin, root: Path) -> None:
+def test_F4_the_directory_is_held_even_if_another_takes_its_name(plugin: FilePlugin, root: Path) -> None:
     root.rename(root.with_name("moved"))
     root.mkdir()
     (root / "disk").write_bytes(b"another")

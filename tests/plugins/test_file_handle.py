@@ -128,14 +128,14 @@ def test_pread_returns_the_range(count: int, offset: int, handle: FileHandle, co
     assert handle.pread(count, offset) == content[offset : offset + count]
 
 
-def test_short_reads_are_read_on(handle: FileHandle, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_F8_short_reads_are_read_on(handle: FileHandle, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, count, offset: real(fd, min(count, 7), offset))
 
     assert handle.pread(100, 33) == content[33:133]
 
 
-def test_a_read_beyond_the_end_of_a_truncated_file_fails(handle: FileHandle, path: Path, content: bytes) -> None:
+def test_F7_a_read_beyond_the_end_of_a_truncated_file_fails(handle: FileHandle, path: Path, content: bytes) -> None:
     os.truncate(path, 10000)
 
     for count, offset in ((1, 10000), (2, 9999), (SIZE, 0), (4096, SIZE - 4096)):
@@ -188,7 +188,7 @@ def test_pread_into_leaves_to_pread_what_would_wait_or_fails(path: Path, monkeyp
         handle.close()
 
 
-def test_pread_into_leaves_short_reads_to_pread(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_F8_pread_into_leaves_short_reads_to_pread(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for got in (0, 511):
         handle = nowait_as(path, monkeypatch, lambda offset, got=got: got)  # type: ignore[misc]
 
@@ -249,7 +249,7 @@ def test_file_range_is_none_unless_the_end_is_in_the_page_cache(
     handle.close()
 
 
-def test_file_range_is_none_beyond_the_end_of_a_truncated_file(handle: FileHandle, path: Path) -> None:
+def test_F7_file_range_is_none_beyond_the_end_of_a_truncated_file(handle: FileHandle, path: Path) -> None:
     if handle.file_range is None:
         pytest.skip("the file system of the temporary directory does not know RWF_NOWAIT")
     os.truncate(path, BLOCK)
@@ -270,7 +270,7 @@ def test_pwrite_writes_the_range_and_nothing_else(
     assert synced == []
 
 
-def test_short_writes_are_written_on(
+def test_F8_short_writes_are_written_on(
     handle: FileHandle, path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.pwrite
@@ -281,7 +281,7 @@ def test_short_writes_are_written_on(
     assert path.read_bytes() == content[:33] + b"0123456789" * 10 + content[133:]
 
 
-def test_a_write_that_does_not_get_on_is_an_error(handle: FileHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_F8_a_write_that_does_not_get_on_is_an_error(handle: FileHandle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: 0)
 
     with pytest.raises(OSError, match="nothing could be written at 5") as caught:
@@ -291,7 +291,7 @@ def test_a_write_that_does_not_get_on_is_an_error(handle: FileHandle, monkeypatc
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG])
-def test_an_error_after_a_short_write_is_reported(
+def test_F8_F9_an_error_after_a_short_write_is_reported(
     code: int, handle: FileHandle, synced: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers: Iterator[Callable[..., int | None]] = iter([lambda *arguments: 512, fail(code)])
@@ -303,7 +303,7 @@ def test_an_error_after_a_short_write_is_reported(
     assert synced == []
 
 
-def test_a_write_beyond_the_limit_of_file_sizes_is_an_error_and_no_signal(path: Path) -> None:
+def test_F9_a_write_beyond_the_limit_of_file_sizes_is_an_error_and_no_signal(path: Path) -> None:
     program = f"""
 import errno, os, resource, sys
 from pathlib import Path
@@ -349,7 +349,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(directory)], check=True)
 
 
-def test_a_full_file_system_is_reported(small_disk: Path) -> None:
+def test_F9_a_full_file_system_is_reported(small_disk: Path) -> None:
     handle = opened(small_disk)
 
     with pytest.raises(OSError, match="No space left") as caught:
@@ -411,7 +411,7 @@ def test_D2_fua_syncs_after_the_change(
 
 
 @pytest.mark.parametrize("verb", ["pwrite", "trim", "zero"])
-def test_fua_reports_that_it_failed(verb: str, handle: FileHandle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_F9_fua_reports_that_it_failed(verb: str, handle: FileHandle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fdatasync", fail(errno.EIO))
 
     with pytest.raises(OSError, match="Input/output error"):
@@ -491,7 +491,7 @@ def test_zero_keeps_blocks_allocated_unless_it_may_trim(handle: FileHandle, path
     assert path.stat().st_blocks == 0
 
 
-def test_zero_does_not_make_a_truncated_file_longer(handle: FileHandle, path: Path) -> None:
+def test_F7_zero_does_not_make_a_truncated_file_longer(handle: FileHandle, path: Path) -> None:
     os.truncate(path, BLOCK)
 
     for flags in (Flags.NONE, Flags.MAY_TRIM):
@@ -610,7 +610,7 @@ def test_holes_survive_reading_and_zeroing(handle: FileHandle, path: Path) -> No
     assert path.stat().st_blocks == 0
 
 
-def test_what_a_truncated_file_has_lost_is_not_reported_as_zeroes(handle: FileHandle, path: Path) -> None:
+def test_F7_what_a_truncated_file_has_lost_is_not_reported_as_zeroes(handle: FileHandle, path: Path) -> None:
     handle.trim(8 * BLOCK, 4 * BLOCK, 0)
     os.truncate(path, 8 * BLOCK)
 

@@ -20,7 +20,7 @@ def library(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., int]) ->
     monkeypatch.setattr(linux, "_libc", lambda: fake)
 
 
-def test_fallocate_is_called_again_when_a_signal_interrupts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_F8_fallocate_is_called_again_when_a_signal_interrupts_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[object, ...]] = []
 
     def fallocate(*arguments: object) -> int:
@@ -43,7 +43,7 @@ def test_fallocate_is_called_again_when_a_signal_interrupts_it(monkeypatch: pyte
 @pytest.mark.parametrize(
     ("function", "mode"), [(linux.punch_hole, 0x03), (linux.zero_range, 0x11), (linux.allocate, 0x01)]
 )
-def test_no_mode_of_fallocate_changes_the_size(
+def test_F10_no_mode_of_fallocate_changes_the_size(
     function: Callable[[int, int, int], None], mode: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes: list[object] = []

@@ -34,7 +34,7 @@ def disk(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_flush_that_failed_never_succeeds_later(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_F9_a_flush_that_failed_never_succeeds_later(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = plugin_on("file", disk)
     other, failing = (plugin.open("", False, CLIENT) for _ in range(2))
     real = os.fdatasync
@@ -57,7 +57,7 @@ def test_a_flush_that_failed_never_succeeds_later(disk: Path, monkeypatch: pytes
         handle.close()
 
 
-def test_a_failure_outlives_all_handles_on_the_file(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_F9_a_failure_outlives_all_handles_on_the_file(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plugin = plugin_on("file", disk)
     with monkeypatch.context() as patched:
         patched.setattr(os, "fdatasync", lambda fd: os.pread(-1, 1, 0))
@@ -96,7 +96,7 @@ def test_a_failure_is_of_one_file_under_all_its_names(
     plugin.unload()
 
 
-def test_a_failure_in_one_process_is_one_in_all(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_F9_a_failure_in_one_process_is_one_in_all(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sound").write_bytes(bytes(4096))
     plugin = plugin_on("dir", tmp_path)
     handle, sound = (plugin.open(name, False, CLIENT) for name in ("disk", "sound"))

@@ -99,7 +99,7 @@ def test_T2_CVE_2021_3716_structured_replies_are_forgotten() -> None:
     assert client.ask(Option.STRUCTURED_REPLY) == ack(Option.STRUCTURED_REPLY)
 
 
-def test_t2_extended_headers_are_forgotten() -> None:
+def test_T2_extended_headers_are_forgotten() -> None:
     client = client_of(TlsMode.ON)
     client.ask(Option.EXTENDED_HEADERS)
 
@@ -109,7 +109,7 @@ def test_t2_extended_headers_are_forgotten() -> None:
     assert client.ask(Option.EXTENDED_HEADERS) == ack(Option.EXTENDED_HEADERS)
 
 
-def test_t2_selected_contexts_are_forgotten() -> None:
+def test_T2_selected_contexts_are_forgotten() -> None:
     client = client_of(TlsMode.ON)
     client.ask(Option.STRUCTURED_REPLY)
     client.ask(Option.SET_META_CONTEXT, meta(b"", b"base:allocation"))
@@ -122,7 +122,7 @@ def test_t2_selected_contexts_are_forgotten() -> None:
     assert client.handshake.negotiated.contexts == ()
 
 
-def test_t2_what_info_asked_for_is_forgotten() -> None:
+def test_T2_what_info_asked_for_is_forgotten() -> None:
     client = client_of(TlsMode.ON)
     client.option(Option.INFO, info(b"first"))
     client.handshake.export_opened(FACTS)
@@ -134,7 +134,7 @@ def test_t2_what_info_asked_for_is_forgotten() -> None:
     assert client.option(Option.GO, info(b"second")) == OpenExport("second", Option.GO, wants_description=False)
 
 
-def test_t2_options_and_lists_are_counted_anew() -> None:
+def test_T2_options_and_lists_are_counted_anew() -> None:
     client = client_of(TlsMode.ON)
     client.option(Option.LIST)
     client.handshake.exports_listed([("a", "")])
@@ -149,7 +149,7 @@ def test_t2_options_and_lists_are_counted_anew() -> None:
         client.option(0)
 
 
-def test_t2_client_flags_hold_on() -> None:
+def test_T2_client_flags_hold_on() -> None:
     client = started()
 
     assert client.option(Option.EXPORT_NAME, b"x")
@@ -163,7 +163,7 @@ def test_t2_client_flags_hold_on() -> None:
 
 @pytest.mark.parametrize("number", OTHERS)
 @pytest.mark.parametrize("data", [b"", info(b"disk"), bytes(200_000)])
-def test_t3_every_other_option_is_refused_before_tls_and_its_data_skipped(number: int, data: bytes) -> None:
+def test_T3_every_other_option_is_refused_before_tls_and_its_data_skipped(number: int, data: bytes) -> None:
     client = client_of(TlsMode.REQUIRE)
 
     client.refused(number, OptionReply.ERR_TLS_REQD, data)
@@ -171,7 +171,7 @@ def test_t3_every_other_option_is_refused_before_tls_and_its_data_skipped(number
     start(client)
 
 
-def test_t3_export_name_without_tls_ends_the_connection_without_a_byte() -> None:
+def test_T3_export_name_without_tls_ends_the_connection_without_a_byte() -> None:
     client = client_of(TlsMode.REQUIRE)
 
     with pytest.raises(RemoteProtocolError, match="requires TLS"):
@@ -181,7 +181,7 @@ def test_t3_export_name_without_tls_ends_the_connection_without_a_byte() -> None
 
 
 @pytest.mark.parametrize("mode", TlsMode)
-def test_t3_abort_is_acknowledged(mode: TlsMode) -> None:
+def test_T3_abort_is_acknowledged(mode: TlsMode) -> None:
     client = client_of(mode)
 
     assert client.option(Option.ABORT) == Closed()
@@ -190,7 +190,7 @@ def test_t3_abort_is_acknowledged(mode: TlsMode) -> None:
 
 
 @pytest.mark.parametrize("number", [*OTHERS, Option.STARTTLS])
-def test_t3_without_fixed_newstyle_nothing_can_be_had(number: int) -> None:
+def test_T3_without_fixed_newstyle_nothing_can_be_had(number: int) -> None:
     client = client_of(TlsMode.REQUIRE, client_flags=0)
 
     client.refused(number, OptionReply.ERR_INVALID)
@@ -199,7 +199,7 @@ def test_t3_without_fixed_newstyle_nothing_can_be_had(number: int) -> None:
         client.option(Option.EXPORT_NAME, b"disk")
 
 
-def test_t3_that_tls_is_required_is_noted_for_the_log() -> None:
+def test_T3_that_tls_is_required_is_noted_for_the_log() -> None:
     client = client_of(TlsMode.REQUIRE)
 
     client.ask(Option.GO, info(b"disk"))

@@ -96,7 +96,7 @@ def test_count_without_a_process_is_for_nobody() -> None:
     "whose",
     ["4712", "471", "-4711", "+4711", " 4711", "4711 ", "4711x", "47_11", "٤٧١١", "", "9" * 5000, "\n", "\udcff"],
 )
-def test_sockets_for_another_process_are_left_alone_and_mentioned(
+def test_A13_sockets_for_another_process_are_left_alone_and_mentioned(
     handed: Handed, whose: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     handed.sockets(1)
@@ -124,7 +124,7 @@ def test_sockets_for_this_process_are_for_us(handed: Handed) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 16])
-def test_all_sockets_are_taken(handed: Handed, count: int, caplog: pytest.LogCaptureFixture) -> None:
+def test_A13_all_sockets_are_taken(handed: Handed, count: int, caplog: pytest.LogCaptureFixture) -> None:
     handed.sockets(count)
     environ = environment(str(count))
 
@@ -156,7 +156,7 @@ WRONG_COUNTS = [
 
 
 @pytest.mark.parametrize("count", WRONG_COUNTS, ids=lambda count: ascii(count[:20]))
-def test_wrong_count_is_an_error_though_there_are_sockets(handed: Handed, count: str) -> None:
+def test_A13_wrong_count_is_an_error_though_there_are_sockets(handed: Handed, count: str) -> None:
     handed.sockets(1)
     environ = environment(count, "a")
 
@@ -167,7 +167,7 @@ def test_wrong_count_is_an_error_though_there_are_sockets(handed: Handed, count:
     assert environ == {"HOME": "/"}
 
 
-def test_missing_count_is_an_error() -> None:
+def test_A13_missing_count_is_an_error() -> None:
     environ = environment(None, "a")
 
     with pytest.raises(ConfigError) as caught:
@@ -309,7 +309,9 @@ WRONG_FILES: list[tuple[Callable[[Path], int], str]] = [
 
 
 @pytest.mark.parametrize(("make", "what"), WRONG_FILES, ids=[what for _, what in WRONG_FILES])
-def test_what_is_no_socket_is_an_error(handed: Handed, tmp_path: Path, make: Callable[[Path], int], what: str) -> None:
+def test_A13_what_is_no_socket_is_an_error(
+    handed: Handed, tmp_path: Path, make: Callable[[Path], int], what: str
+) -> None:
     fd = make(tmp_path)
     handed.over(fd)
     os.close(fd)
@@ -317,7 +319,7 @@ def test_what_is_no_socket_is_an_error(handed: Handed, tmp_path: Path, make: Cal
     assert error_of("1") == f"{MUST} it is {what}"
 
 
-def test_descriptor_that_is_closed_is_an_error(handed: Handed) -> None:
+def test_A13_descriptor_that_is_closed_is_an_error(handed: Handed) -> None:
     assert error_of("1") == f"{MUST} it is unusable: Bad file descriptor"
 
 
@@ -356,7 +358,7 @@ print(json.dumps([received, fds, [name for name in environ if name.startswith("L
 """
 
 
-def test_descriptors_begin_at_3_and_children_get_neither_them_nor_the_variables() -> None:
+def test_A13_P2_descriptors_begin_at_3_and_children_get_neither_them_nor_the_variables() -> None:
     with listening_unix() as unix, socket.create_server(("127.0.0.1", 0)) as tcp:
         given = (unix.fileno(), tcp.fileno())
         output = subprocess.check_output([sys.executable, "-c", _PROGRAM, *map(str, given)], pass_fds=given, timeout=60)

@@ -155,7 +155,7 @@ def connect(path: Path) -> bytes:
 # --- what the caller sees ---
 
 
-def test_launcher_exits_when_clients_can_connect(caller: Caller) -> None:
+def test_P8_launcher_exits_when_clients_can_connect(caller: Caller) -> None:
     done = caller()
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -404,7 +404,7 @@ def descriptors(pid: int) -> dict[int, str]:
     return found
 
 
-def test_server_has_left_the_callers_session_and_directory(caller: Caller) -> None:
+def test_P8_server_has_left_the_callers_session_and_directory(caller: Caller) -> None:
     caller()
 
     assert os.getsid(caller.pid) == caller.pid
@@ -420,7 +420,7 @@ def pipe() -> Iterator[tuple[int, int]]:
             os.close(fd)
 
 
-def test_server_keeps_no_descriptor_of_the_caller(caller: Caller, pipe: tuple[int, int]) -> None:
+def test_P2_P8_server_keeps_no_descriptor_of_the_caller(caller: Caller, pipe: tuple[int, int]) -> None:
     reading, writing = pipe
 
     caller(pass_fds=(writing,))
@@ -468,7 +468,7 @@ def test_standard_error_is_kept_for_debugging(caller: Caller, tmp_path: Path) ->
     assert "nbdkitpy: disk: debug: gone" in (tmp_path / "stderr").read_text()
 
 
-def test_server_of_another_user_serves_and_leaves_nothing(nobodys: Caller) -> None:
+def test_P1_P8_server_of_another_user_serves_and_leaves_nothing(nobodys: Caller) -> None:
     done = nobodys(user="nobody")
 
     assert done.returncode == 0, done
@@ -759,7 +759,7 @@ def test_process_that_is_not_to_be_had_leaves_all_as_it_was(
         os.close(fd)
 
 
-def test_threads_prevent_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_P8_threads_prevent_it(monkeypatch: pytest.MonkeyPatch) -> None:
     other = threading.Thread(name="t")
     monkeypatch.setattr(threading, "enumerate", lambda: [threading.main_thread(), other])
 

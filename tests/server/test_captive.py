@@ -20,7 +20,7 @@ def run(command: str, **variables: str) -> int:
     return captive.wait()
 
 
-def test_command_finds_the_variables_set_and_not_exported(tmp_path: Path) -> None:
+def test_F5_command_finds_the_variables_set_and_not_exported(tmp_path: Path) -> None:
     out = tmp_path / "out"
     value = 'it\'s $HOME `x` "q"\n\\ \udcff'
 
@@ -32,11 +32,11 @@ def test_command_finds_the_variables_set_and_not_exported(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("command", "status"), [("true", 0), ("exit 7", 7), ("no-such-command 2>&-", 127)])
-def test_status_is_the_commands(command: str, status: int) -> None:
+def test_S6_status_is_the_commands(command: str, status: int) -> None:
     assert run(command) == status
 
 
-def test_command_that_a_signal_ends_gives_128_and_the_signal(caplog: pytest.LogCaptureFixture) -> None:
+def test_S6_command_that_a_signal_ends_gives_128_and_the_signal(caplog: pytest.LogCaptureFixture) -> None:
     assert run("kill -9 $$") == 128 + signal.SIGKILL
     assert [record.getMessage() for record in caplog.records] == ["the command of --run was killed by signal 9"]
 
@@ -79,7 +79,7 @@ def test_command_that_does_not_end_is_killed_the_second_time(tmp_path: Path) -> 
     assert captive.wait() == 128 + signal.SIGKILL
 
 
-def test_reaping_ends_a_command_that_still_runs(tmp_path: Path) -> None:
+def test_S6_reaping_ends_a_command_that_still_runs(tmp_path: Path) -> None:
     captive = waiting(tmp_path)
 
     captive.reap()
@@ -153,7 +153,7 @@ def test_the_end_of_other_children_is_not_taken_for_the_commands() -> None:
     assert told == [True]
 
 
-def test_command_has_our_standard_streams_and_no_other_descriptor(tmp_path: Path) -> None:
+def test_P2_command_has_our_standard_streams_and_no_other_descriptor(tmp_path: Path) -> None:
     read, write = os.pipe()
     os.set_inheritable(write, True)
     out = tmp_path / "out"

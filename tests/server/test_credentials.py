@@ -34,14 +34,14 @@ def failure(directory: Path, priority: str | None = None) -> str:
 # --- what clients get ---
 
 
-def test_t5_context_takes_nothing_below_tls_1_2(directory: Path) -> None:
+def test_T5_context_takes_nothing_below_tls_1_2(directory: Path) -> None:
     context = load(directory)
 
     assert context.minimum_version is ssl.TLSVersion.TLSv1_2
     assert context.maximum_version in (ssl.TLSVersion.MAXIMUM_SUPPORTED, ssl.TLSVersion.TLSv1_3)
 
 
-def test_t5_context_allows_no_renegotiation_no_compression_and_no_resumption_by_tickets(directory: Path) -> None:
+def test_T5_context_allows_no_renegotiation_no_compression_and_no_resumption_by_tickets(directory: Path) -> None:
     context = load(directory)
 
     for option in (ssl.OP_NO_RENEGOTIATION, ssl.OP_NO_COMPRESSION, ssl.OP_NO_TICKET):
@@ -50,7 +50,7 @@ def test_t5_context_allows_no_renegotiation_no_compression_and_no_resumption_by_
 
 
 @pytest.mark.parametrize("priority", [None, "ALL", "ALL:@SECLEVEL=0", "ALL:COMPLEMENTOFALL:eNULL:@SECLEVEL=0"])
-def test_t5_weak_ciphers_are_never_offered(directory: Path, priority: str | None) -> None:
+def test_T5_weak_ciphers_are_never_offered(directory: Path, priority: str | None) -> None:
     names = [cipher["name"] for cipher in load(directory, priority).get_ciphers()]
 
     assert names
@@ -100,7 +100,7 @@ def make_directory_of(path: Path) -> None:
     ("spoil", "reason"),
     [(remove, "cannot be read: No such file or directory"), (make_directory_of, "cannot be read: Is a directory")],
 )
-def test_t4_file_that_cannot_be_read_is_named(
+def test_T4_file_that_cannot_be_read_is_named(
     directory: Path, name: str, spoil: Callable[[Path], None], reason: str
 ) -> None:
     spoil(directory / name)
@@ -109,7 +109,7 @@ def test_t4_file_that_cannot_be_read_is_named(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read everything")
-def test_t4_key_that_we_may_not_read_is_named(directory: Path) -> None:
+def test_T4_key_that_we_may_not_read_is_named(directory: Path) -> None:
     (directory / "server-key.pem").chmod(0)
 
     assert failure(directory).endswith("server-key.pem cannot be read: Permission denied")
@@ -125,20 +125,20 @@ def test_t4_key_that_we_may_not_read_is_named(directory: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("content", ["", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
-def test_t4_file_with_something_else_is_named(directory: Path, name: str, reason: str, content: str) -> None:
+def test_T4_file_with_something_else_is_named(directory: Path, name: str, reason: str, content: str) -> None:
     (directory / name).write_text(content)
 
     assert failure(directory).startswith(f"--tls-certificates: {directory}/{reason}")
 
 
-def test_t4_key_of_another_certificate_is_named(directory: Path) -> None:
+def test_T4_key_of_another_certificate_is_named(directory: Path) -> None:
     (directory / "server-key.pem").write_bytes((directory / "client-key.pem").read_bytes())
 
     expected = f"--tls-certificates: {directory}/server-key.pem is not the key of {directory}/server-cert.pem"
     assert failure(directory) == expected
 
 
-def test_t4_encrypted_key_is_an_error_rather_than_a_question(directory: Path) -> None:
+def test_T4_encrypted_key_is_an_error_rather_than_a_question(directory: Path) -> None:
     key = directory / "server-key.pem"
     openssl("pkey", "-in", directory / "client-key.pem", "-aes256", "-passout", "pass:secret", "-out", key)
 
@@ -146,7 +146,7 @@ def test_t4_encrypted_key_is_an_error_rather_than_a_question(directory: Path) ->
 
 
 @pytest.mark.parametrize(("begins", "ends", "what"), [(-3, -1, "has expired"), (1, 2, "is not valid yet")])
-def test_t4_server_certificate_of_another_time_is_named(
+def test_T4_server_certificate_of_another_time_is_named(
     directory: Path, authority: Authority, begins: int, ends: int, what: str
 ) -> None:
     authority.issue(directory / "server-cert.pem", directory / "server-key.pem", begins=begins, ends=ends)
@@ -155,7 +155,7 @@ def test_t4_server_certificate_of_another_time_is_named(
 
 
 @pytest.mark.parametrize(("begins", "ends"), [(-3, -1), (1, 2)])
-def test_t4_authority_of_another_time_is_named(directory: Path, tmp_path: Path, begins: int, ends: int) -> None:
+def test_T4_authority_of_another_time_is_named(directory: Path, tmp_path: Path, begins: int, ends: int) -> None:
     authority = Authority(tmp_path / "ca", begins=begins, ends=ends)
     shutil.copy(authority.certificate, directory / "ca-cert.pem")
 
@@ -170,13 +170,13 @@ def test_one_valid_authority_among_others_will_do(directory: Path, tmp_path: Pat
     load(directory)
 
 
-def test_t4_authority_that_is_none_is_named(directory: Path) -> None:
+def test_T4_authority_that_is_none_is_named(directory: Path) -> None:
     shutil.copy(directory / "client-cert.pem", directory / "ca-cert.pem")
 
     assert "ca-cert.pem has no authority in it" in failure(directory)
 
 
-def test_t4_weak_server_certificate_is_named(directory: Path, authority: Authority) -> None:
+def test_T4_weak_server_certificate_is_named(directory: Path, authority: Authority) -> None:
     key = directory / "server-key.pem"
     make_key(key, "RSA", "rsa_keygen_bits:1024")
     authority.issue(directory / "server-cert.pem", key)
@@ -194,7 +194,7 @@ def test_server_certificate_that_another_authority_has_signed_can_be_used(direct
 # --- revocations ---
 
 
-def test_t6_revocations_are_heeded_if_there_are_any(directory: Path, authority: Authority) -> None:
+def test_T6_revocations_are_heeded_if_there_are_any(directory: Path, authority: Authority) -> None:
     without = load(directory)
     authority.revoke(crl=directory / "ca-crl.pem")
 
@@ -205,14 +205,14 @@ def test_t6_revocations_are_heeded_if_there_are_any(directory: Path, authority: 
     assert with_them.cert_store_stats()["crl"] == 1
 
 
-def test_t6_certificate_in_place_of_revocations_is_not_trusted_but_an_error(directory: Path, tmp_path: Path) -> None:
+def test_T6_certificate_in_place_of_revocations_is_not_trusted_but_an_error(directory: Path, tmp_path: Path) -> None:
     other = Authority(tmp_path / "ca", "Other")
     shutil.copy(other.certificate, directory / "ca-crl.pem")
 
     assert "ca-crl.pem must have certificate revocation lists in it, and nothing else" in failure(directory)
 
 
-def test_t6_revocations_that_cannot_be_read_are_an_error(directory: Path) -> None:
+def test_T6_revocations_that_cannot_be_read_are_an_error(directory: Path) -> None:
     (directory / "ca-crl.pem").symlink_to("gone.pem")
 
     assert failure(directory).endswith("ca-crl.pem cannot be read: No such file or directory")
@@ -222,7 +222,7 @@ def test_t6_revocations_that_cannot_be_read_are_an_error(directory: Path) -> Non
 
 
 @pytest.mark.parametrize(("mode", "warns"), [(0o600, False), (0o640, False), (0o644, True), (0o604, True)])
-def test_t10_key_that_everybody_can_read_is_a_warning(
+def test_T10_key_that_everybody_can_read_is_a_warning(
     directory: Path, caplog: pytest.LogCaptureFixture, mode: int, warns: bool
 ) -> None:
     (directory / "server-key.pem").chmod(mode)
@@ -233,7 +233,7 @@ def test_t10_key_that_everybody_can_read_is_a_warning(
     assert caplog.messages == ([said] if warns else [])
 
 
-def test_t9_pre_shared_keys_that_everybody_can_read_are_a_warning(
+def test_T9_pre_shared_keys_that_everybody_can_read_are_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "keys.psk"
@@ -245,7 +245,7 @@ def test_t9_pre_shared_keys_that_everybody_can_read_are_a_warning(
     assert caplog.messages == [f"{path} is a secret, and all users of this machine can get at it"]
 
 
-def test_t9_ciphers_of_pre_shared_keys_keep_what_was_said_secret_for_good(tmp_path: Path) -> None:
+def test_T9_ciphers_of_pre_shared_keys_keep_what_was_said_secret_for_good(tmp_path: Path) -> None:
     make_psk_file(tmp_path / "keys.psk", "alice")
 
     names = [cipher["name"] for cipher in psk_context(str(tmp_path / "keys.psk"), None).get_ciphers()]
@@ -257,7 +257,7 @@ def test_t9_ciphers_of_pre_shared_keys_keep_what_was_said_secret_for_good(tmp_pa
 # --- the rehearsal ---
 
 
-def test_t4_certificate_that_no_client_could_use_is_named(directory: Path, authority: Authority) -> None:
+def test_T4_certificate_that_no_client_could_use_is_named(directory: Path, authority: Authority) -> None:
     key = directory / "server-key.pem"
     make_key(key, "EC", "ec_paramgen_curve:secp256k1")  # a curve that TLS does not have
     authority.issue(directory / "server-cert.pem", key)

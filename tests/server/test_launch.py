@@ -300,7 +300,7 @@ def test_command_knows_of_tls(
     assert out.read_text() == f"{variables}\n"
 
 
-def test_server_that_ends_first_waits_for_the_command(server: FakeServer, stack: Stack, tmp_path: Path) -> None:
+def test_S6_server_that_ends_first_waits_for_the_command(server: FakeServer, stack: Stack, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     done = threading.Thread(target=lambda: (server.stopped.wait(30), fifo.write_text("go\n")))
@@ -334,7 +334,7 @@ def test_signal_ends_the_server_in_order(server: FakeServer, stack: Stack, numbe
     assert server.events == [*LIFE[:5], "shutdown", *LIFE[5:]]
 
 
-def test_second_signal_ends_it_at_once(server: FakeServer, stack: Stack) -> None:
+def test_S4_second_signal_ends_it_at_once(server: FakeServer, stack: Stack) -> None:
     def during() -> None:
         for _ in range(3):
             signal.raise_signal(signal.SIGTERM)
@@ -345,14 +345,14 @@ def test_second_signal_ends_it_at_once(server: FakeServer, stack: Stack) -> None
     assert server.events[5:8] == ["shutdown", "abort", "abort"]
 
 
-def test_signal_before_the_server_serves_is_not_lost(server: FakeServer, stack: Stack) -> None:
+def test_S4_signal_before_the_server_serves_is_not_lost(server: FakeServer, stack: Stack) -> None:
     server.during = None
     server.bind = lambda: signal.raise_signal(signal.SIGTERM)  # type: ignore[method-assign]
 
     assert launch(server, stack) == 0
 
 
-def test_signal_ends_the_command_too(server: FakeServer, stack: Stack) -> None:
+def test_S6_signal_ends_the_command_too(server: FakeServer, stack: Stack) -> None:
     server.during = lambda: signal.raise_signal(signal.SIGTERM)
 
     assert launch(server, stack, command="while :; do :; done") == 128 + signal.SIGTERM
@@ -369,7 +369,7 @@ def test_handlers_are_put_back(server: FakeServer, stack: Stack, fails: str) -> 
     assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_interrupt_while_backends_get_ready_unloads_them(server: FakeServer, stack: Stack) -> None:
+def test_S4_interrupt_while_backends_get_ready_unloads_them(server: FakeServer, stack: Stack) -> None:
     class Slow(Filter):
         name = "slow"
 
@@ -382,7 +382,7 @@ def test_interrupt_while_backends_get_ready_unloads_them(server: FakeServer, sta
     assert server.events == ["disk.config_complete", "disk.get_ready", "disk.unload"]
 
 
-def test_signal_that_another_thread_gets_wakes_the_server_up(server: FakeServer, stack: Stack) -> None:
+def test_P7_signal_that_another_thread_gets_wakes_the_server_up(server: FakeServer, stack: Stack) -> None:
     reading, server.wakeup_fd = os.pipe()
     os.set_blocking(server.wakeup_fd, False)
     woken: list[bytes] = []
@@ -412,7 +412,7 @@ def raise_twice() -> None:
         ("cleanup", ["close", "disk.unload"]),
     ],
 )
-def test_second_signal_gives_up_what_a_unit_does_not_return_from(
+def test_S4_second_signal_gives_up_what_a_unit_does_not_return_from(
     server: FakeServer, stack: Stack, messages: Callable[[], list[str]], step: str, undone: list[str]
 ) -> None:
     class Hanging(Filter):
@@ -484,7 +484,7 @@ def hung_up(server: FakeServer) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize("lines", [["ip: allow is any", "log file reopened"], []])
-def test_sighup_reloads_and_logs_what_that_did(
+def test_P7_sighup_reloads_and_logs_what_that_did(
     server: FakeServer, stack: Stack, messages: Callable[[], list[str]], lines: list[str]
 ) -> None:
     server.during = hung_up(server)

@@ -50,7 +50,7 @@ def connect(listener: Listener) -> None:
 # --- TCP ---
 
 
-def test_without_an_address_it_is_loopback_of_both_kinds_and_any_port_is_the_same_one() -> None:
+def test_A14_without_an_address_it_is_loopback_of_both_kinds_and_any_port_is_the_same_one() -> None:
     with listening(port="0") as (first, second):
         assert {str(first).rpartition(":")[0], str(second).rpartition(":")[0]} == {"127.0.0.1", "[::1]"}
         assert first.port == second.port
@@ -178,7 +178,7 @@ def test_an_address_of_the_other_kind_is_refused() -> None:
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
-def test_the_mode_of_a_socket_does_not_depend_on_the_umask(umask: int, tmp_path: Path) -> None:
+def test_A10_the_mode_of_a_socket_does_not_depend_on_the_umask(umask: int, tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
     before = os.umask(umask)
     try:
@@ -252,7 +252,7 @@ def test_a_private_directory_does_not_outlive_a_failure(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("length", [107, 108])
-def test_the_length_of_a_path_has_a_limit(length: int, tmp_path: Path) -> None:
+def test_A12_the_length_of_a_path_has_a_limit(length: int, tmp_path: Path) -> None:
     path = os.path.join(tmp_path, "x" * 107)[:length]
 
     if length > 107:
@@ -263,16 +263,16 @@ def test_the_length_of_a_path_has_a_limit(length: int, tmp_path: Path) -> None:
             connect(listener)
 
 
-def test_the_length_of_a_path_is_counted_in_bytes() -> None:
+def test_A12_the_length_of_a_path_is_counted_in_bytes() -> None:
     assert "not 200 as" in refusal(transport=Transport.UNIX, unix_path="é" * 100)
 
 
 @pytest.mark.parametrize("path", ["", "\0abstract", "/tmp/a\0b"])
-def test_a_path_that_is_not_one_of_a_file_is_refused(path: str) -> None:
+def test_A12_a_path_that_is_not_one_of_a_file_is_refused(path: str) -> None:
     assert refusal(transport=Transport.UNIX, unix_path=path).startswith("unix: the path must be that of a file, not ")
 
 
-def test_what_exists_is_neither_replaced_nor_removed(tmp_path: Path) -> None:
+def test_A11_what_exists_is_neither_replaced_nor_removed(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("precious")
 
@@ -286,7 +286,7 @@ def test_a_directory_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     assert text == f"cannot listen on {tmp_path}/nowhere/socket: No such file or directory"
 
 
-def test_somebody_elses_socket_in_our_place_stays(tmp_path: Path) -> None:
+def test_A11_somebody_elses_socket_in_our_place_stays(tmp_path: Path) -> None:
     path = str(tmp_path / "socket")
 
     with unix(path):
@@ -299,7 +299,7 @@ def test_somebody_elses_socket_in_our_place_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "nothing"])
-def test_something_else_in_our_place_stays(kind: str, tmp_path: Path) -> None:
+def test_A11_something_else_in_our_place_stays(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "socket"
 
     with unix(str(path)):
@@ -391,7 +391,7 @@ def test_if_one_endpoint_fails_nothing_is_left_of_the_others(tmp_path: Path) -> 
     assert not os.path.exists(path)
 
 
-def test_a_socket_that_was_handed_to_us_is_described_and_left_behind(tmp_path: Path) -> None:
+def test_A11_a_socket_that_was_handed_to_us_is_described_and_left_behind(tmp_path: Path) -> None:
     path = f"{tmp_path}/socket"
     with socket.socket(socket.AF_UNIX) as theirs:
         theirs.bind(path)

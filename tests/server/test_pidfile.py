@@ -13,7 +13,7 @@ from nbdkitpy import ConfigError
 from nbdkitpy.server.pidfile import Pidfile
 
 
-def test_pidfile_replaces_a_regular_file(tmp_path: Path) -> None:
+def test_P3_pidfile_replaces_a_regular_file(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     path.write_text("12345678901234567890")
     before = os.umask(0o022)
@@ -27,7 +27,7 @@ def test_pidfile_replaces_a_regular_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["victim", "dangling"])
-def test_pidfile_does_not_follow_a_symbolic_link(tmp_path: Path, target: str) -> None:
+def test_P3_pidfile_does_not_follow_a_symbolic_link(tmp_path: Path, target: str) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious")
     path = tmp_path / "pid"
@@ -53,7 +53,7 @@ def test_pidfile_that_cannot_be_written_is_a_configuration_error(tmp_path: Path)
         Pidfile(str(tmp_path / "none" / "pid")).write()
 
 
-def test_pidfile_that_cannot_be_put_in_place_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_P3_pidfile_that_cannot_be_put_in_place_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -65,7 +65,7 @@ def test_pidfile_that_cannot_be_put_in_place_leaves_nothing(tmp_path: Path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pidfile_of_another_is_not_removed(tmp_path: Path) -> None:
+def test_P3_pidfile_of_another_is_not_removed(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     pidfile = Pidfile(str(path))
     pidfile.write()

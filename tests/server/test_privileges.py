@@ -73,7 +73,7 @@ def test_number_that_is_no_users_needs_a_group() -> None:
 @pytest.mark.parametrize(
     "text", ["", "no such", "-1", "-0", "+1", "1x", "0x0", "１", " 1", "a\0b", "4294967295", "4294967296", "9" * 5000]
 )
-def test_what_nobody_is_called_is_an_error(text: str) -> None:
+def test_P1_what_nobody_is_called_is_an_error(text: str) -> None:
     with pytest.raises(ConfigError, match="--user must be the name of a user, or a number from 0 to 4294967294, not"):
         find_identity(text, None)
     with pytest.raises(ConfigError, match="--group must be the name of a group, or a number from 0 to 4294967294, not"):
@@ -106,7 +106,7 @@ def in_a_process(code: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_root
-def test_user_is_another_in_every_respect_and_for_good() -> None:
+def test_P1_user_is_another_in_every_respect_and_for_good() -> None:
     code = f"""
 os.setgroups([0, 1, 2])
 become(Identity({NOBODY.pw_uid}, {NOBODY.pw_gid}))
@@ -141,7 +141,7 @@ def test_group_alone_keeps_root() -> None:
 
 
 @needs_root
-def test_capabilities_that_would_survive_are_an_error() -> None:
+def test_P1_capabilities_that_would_survive_are_an_error() -> None:
     keep_them = "import ctypes; ctypes.CDLL(None).prctl(8, 1, 0, 0, 0)"  # PR_SET_KEEPCAPS
 
     done = in_a_process(f"{keep_them}\nbecome(Identity({NOBODY.pw_uid}, {NOBODY.pw_gid}))")
@@ -218,7 +218,7 @@ def test_change_that_works_is_no_error(system: FakeSystem) -> None:
         ("setresuid", r"the users are now \(0, 0, 0\)"),
     ],
 )
-def test_change_without_effect_is_an_error(
+def test_P1_change_without_effect_is_an_error(
     system: FakeSystem, monkeypatch: pytest.MonkeyPatch, call: str, flaw: str
 ) -> None:
     monkeypatch.setattr(os, call, do_nothing)
@@ -228,7 +228,7 @@ def test_change_without_effect_is_an_error(
 
 
 @pytest.mark.parametrize("call", ["setuid", "setgid"])
-def test_change_that_can_be_undone_is_an_error(system: FakeSystem, call: str) -> None:
+def test_P1_change_that_can_be_undone_is_an_error(system: FakeSystem, call: str) -> None:
     system.grants = {call}
 
     with pytest.raises(ConfigError, match="cannot become user 5, group 6: it can be undone"):
@@ -236,7 +236,7 @@ def test_change_that_can_be_undone_is_an_error(system: FakeSystem, call: str) ->
 
 
 @pytest.mark.parametrize("kind", ["CapPrm", "CapEff", "CapAmb"])
-def test_capability_that_is_left_is_an_error(system: FakeSystem, tmp_path: Path, kind: str) -> None:
+def test_P1_capability_that_is_left_is_an_error(system: FakeSystem, tmp_path: Path, kind: str) -> None:
     (tmp_path / "status").write_text(system.status.replace(f"{kind}:\t0", f"{kind}:\t80"))
 
     with pytest.raises(ConfigError, match="cannot become user 5, group 6: the capabilities 0x80 are left"):

@@ -80,7 +80,7 @@ def test_each_line_is_a_user_and_a_key(tmp_path: Path, line: str, user: bytes) -
         ("alice:ß0112233445566778899aabbccddeeff", "the key must be in hexadecimal"),
     ],
 )
-def test_t9_file_that_is_not_right_is_an_error_that_names_the_line_and_no_key(
+def test_T9_file_that_is_not_right_is_an_error_that_names_the_line_and_no_key(
     tmp_path: Path, text: str, reason: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -92,12 +92,12 @@ def test_t9_file_that_is_not_right_is_an_error_that_names_the_line_and_no_key(
     assert KEY not in str(caught.value)
 
 
-def test_t9_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+def test_T9_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"--tls-psk: {tmp_path} cannot be read: Is a directory"):
         read_keys(str(tmp_path))
 
 
-def test_t9_unknown_user_has_a_key_of_its_own_that_stays_the_same(caplog: pytest.LogCaptureFixture) -> None:
+def test_T9_unknown_user_has_a_key_of_its_own_that_stays_the_same(caplog: pytest.LogCaptureFixture) -> None:
     keys, others = Keys({b"alice": b"k" * 32}), Keys({b"alice": b"k" * 32})
 
     found = [keys.key_of(b"bob"), keys.key_of(b"bob"), keys.key_of(b"eve"), others.key_of(b"bob")]
@@ -108,7 +108,7 @@ def test_t9_unknown_user_has_a_key_of_its_own_that_stays_the_same(caplog: pytest
     assert caplog.messages[0] == 'TLS: there is no user "bob" in the file of pre-shared keys'
 
 
-def test_t9_name_of_a_user_is_escaped_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_T9_name_of_a_user_is_escaped_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     Keys({b"alice": b"k" * 32}).key_of(b"x\n\x1b[31m\xff")
 
     assert caplog.messages == ['TLS: there is no user "x\\n\\x1b[31m\\xff" in the file of pre-shared keys']
@@ -292,12 +292,12 @@ VERSIONS = pytest.mark.parametrize("version", ["tls1_2", "tls1_3"])
 
 
 @VERSIONS
-def test_t9_user_with_the_key_is_served(tmp_path: Path, version: str) -> None:
+def test_T9_user_with_the_key_is_served(tmp_path: Path, version: str) -> None:
     assert connect(tmp_path, "alice", bytes.fromhex(KEY), version) == Client(True, "")
 
 
 @VERSIONS
-def test_t9_unknown_user_fails_as_one_with_a_wrong_key_does(tmp_path: Path, version: str) -> None:
+def test_T9_unknown_user_fails_as_one_with_a_wrong_key_does(tmp_path: Path, version: str) -> None:
     (tmp_path / "bob").mkdir()
 
     with_wrong_key = connect(tmp_path, "alice", bytes(16), version)

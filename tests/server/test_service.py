@@ -669,7 +669,7 @@ class Writable(Disk):
 
 @MODELS
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
-def test_a_client_that_does_nothing_does_not_keep_the_server_from_ending(
+def test_S1_a_client_that_does_nothing_does_not_keep_the_server_from_ending(
     state: Callable[[Running], None], model: ThreadModel, start_server: StartServer
 ) -> None:
     plugin = Disks(Writable, model)
@@ -705,7 +705,7 @@ def unread_replies(server: Running, requests: int = 64) -> NbdClient:
 
 
 @pytest.mark.parametrize("handle", [Disk, Slow], ids=["inline", "workers"])
-def test_replies_that_nobody_takes_are_given_up_after_the_drain_time(
+def test_S1_replies_that_nobody_takes_are_given_up_after_the_drain_time(
     handle: type[Disk], start_server: StartServer
 ) -> None:
     plugin = Disks(handle)
@@ -719,7 +719,7 @@ def test_replies_that_nobody_takes_are_given_up_after_the_drain_time(
     assert (plugin.opened, plugin.closed) == (1, 1)
 
 
-def test_replies_that_are_taken_in_time_arrive(start_server: StartServer) -> None:
+def test_S2_replies_that_are_taken_in_time_arrive(start_server: StartServer) -> None:
     began = threading.Event()
 
     class Begun(Disk):
@@ -743,7 +743,7 @@ def test_replies_that_are_taken_in_time_arrive(start_server: StartServer) -> Non
 
 
 @pytest.mark.parametrize("model", [ThreadModel.PARALLEL, ThreadModel.SERIALIZE_ALL_REQUESTS])
-def test_what_is_in_flight_is_finished_and_what_comes_later_refused(
+def test_S2_what_is_in_flight_is_finished_and_what_comes_later_refused(
     model: ThreadModel, start_server: StartServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     inside, gate, stopped = threading.Event(), threading.Event(), threading.Event()
@@ -781,7 +781,7 @@ def test_what_is_in_flight_is_finished_and_what_comes_later_refused(
     assert not caplog.messages
 
 
-def test_a_second_request_to_end_does_not_wait_for_clients(start_server: StartServer) -> None:
+def test_S4_a_second_request_to_end_does_not_wait_for_clients(start_server: StartServer) -> None:
     plugin = Disks()
     server = start_server(plugin, drain=3600.0)
     client = unread_replies(server)
@@ -797,7 +797,7 @@ def test_a_second_request_to_end_does_not_wait_for_clients(start_server: StartSe
 
 
 @MODELS
-def test_G3_a_backend_that_does_not_return_is_abandoned_and_reported(
+def test_S3_G3_a_backend_that_does_not_return_is_abandoned_and_reported(
     model: ThreadModel,
     start_server: StartServer,
     monkeypatch: pytest.MonkeyPatch,
@@ -836,7 +836,7 @@ def test_the_end_of_one_of_many_sessions_is_noticed(start_server: StartServer) -
     assert server.stop()
 
 
-def test_acknowledged_writes_survive_a_shutdown_under_load(start_server: StartServer) -> None:
+def test_S2_acknowledged_writes_survive_a_shutdown_under_load(start_server: StartServer) -> None:
     store = bytearray(SIZE)
 
     class Store(Disk):

@@ -255,7 +255,7 @@ def test_N10_export_name_has_no_way_to_refuse_but_to_hang_up(start_session: Star
     assert "\x1b" not in line
 
 
-def test_a_refusal_shows_the_name_so_that_no_terminal_acts_on_it(
+def test_F5_a_refusal_shows_the_name_so_that_no_terminal_acts_on_it(
     start_session: StartSession, messages: Messages
 ) -> None:
     client = start_session(Disks(failing(OSError(errno.ENOENT, "nothing here")))).client  # type: ignore[arg-type]

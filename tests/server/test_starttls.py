@@ -74,7 +74,7 @@ def test_off_is_off_whatever_else_is_given(certificates: Path) -> None:
     [{"tls": TlsMode.ON}, {"tls": TlsMode.REQUIRE}, {"tls_verify_peer": True}, {"tls_priority": "DEFAULT"}],
     ids=str,
 )
-def test_t4_wish_that_cannot_be_granted_is_an_error(tmp_path: Path, wish: dict[str, Any]) -> None:
+def test_T4_wish_that_cannot_be_granted_is_an_error(tmp_path: Path, wish: dict[str, Any]) -> None:
     expected = (
         "TLS needs certificates or keys: give --tls-certificates or --tls-psk, or put ca-cert.pem, server-cert.pem, "
         f"server-key.pem into {tmp_path}/.pki/nbdkit or {tmp_path}/.config/pki/nbdkit"
@@ -86,7 +86,7 @@ def test_t4_wish_that_cannot_be_granted_is_an_error(tmp_path: Path, wish: dict[s
     assert str(caught.value) == expected
 
 
-def test_t4_directory_that_is_given_has_to_have_certificates(tmp_path: Path) -> None:
+def test_T4_directory_that_is_given_has_to_have_certificates(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=rf"^--tls-certificates: {tmp_path}/ca-cert.pem cannot be read"):
         load_tls(options(tls_certificates=str(tmp_path)))
 
@@ -126,13 +126,13 @@ def test_pre_shared_keys_turn_it_on_in_place_of_certificates(tmp_path: Path) -> 
     assert tls.parameters == {"tls-psk-file": str(path)}
 
 
-def test_t3_oldstyle_excludes_that_tls_is_required(certificates: Path) -> None:
+def test_T3_oldstyle_excludes_that_tls_is_required(certificates: Path) -> None:
     with pytest.raises(ConfigError, match="--tls=require and --oldstyle exclude each other"):
         load_tls(options(tls=TlsMode.REQUIRE, tls_certificates=str(certificates), oldstyle=True))
 
 
 @pytest.mark.parametrize("flags", [0, HandshakeFlag.NO_ZEROES])
-def test_t3_tls_cannot_be_required_without_fixed_newstyle(certificates: Path, flags: int) -> None:
+def test_T3_tls_cannot_be_required_without_fixed_newstyle(certificates: Path, flags: int) -> None:
     with pytest.raises(ConfigError, match="--tls=require needs fixed newstyle, which --mask-handshake takes away"):
         load_tls(options(tls=TlsMode.REQUIRE, tls_certificates=str(certificates), handshake_flags=flags))
 

@@ -325,7 +325,7 @@ def test_T1_CVE_2024_34083_plain_text_before_the_client_hello_ends_the_connectio
     assert "TLS handshake failed" in messages()[0]
 
 
-def test_t1_first_answer_within_tls_is_to_the_first_option_within_tls(start: Start) -> None:
+def test_T1_first_answer_within_tls_is_to_the_first_option_within_tls(start: Start) -> None:
     client = start.greeted(start(tls=tls_of(start.directory, TlsMode.ON)))
     assert client.exports() == [""]
 
@@ -392,7 +392,7 @@ def fail_handshake(start: Start, running: Running, context: ssl.SSLContext) -> N
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
-def test_t5_tls_1_2_and_1_3_are_served(start: Start, version: ssl.TLSVersion) -> None:
+def test_T5_tls_1_2_and_1_3_are_served(start: Start, version: ssl.TLSVersion) -> None:
     context = client_context(start.directory)
     context.minimum_version = context.maximum_version = version
 
@@ -404,7 +404,7 @@ def test_t5_tls_1_2_and_1_3_are_served(start: Start, version: ssl.TLSVersion) ->
 
 @pytest.mark.parametrize("version", ["TLSv1", "TLSv1_1"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_t5_older_versions_are_refused(start: Start, messages: Messages, version: str) -> None:
+def test_T5_older_versions_are_refused(start: Start, messages: Messages, version: str) -> None:
     context = client_context(start.directory)
     context.set_ciphers("ALL:@SECLEVEL=0")
     context.minimum_version = context.maximum_version = ssl.TLSVersion[version]
@@ -415,7 +415,7 @@ def test_t5_older_versions_are_refused(start: Start, messages: Messages, version
 
 
 @pytest.mark.parametrize("ciphers", ["aNULL:@SECLEVEL=0", "eNULL:@SECLEVEL=0", "DHE-RSA-AES128-SHA:@SECLEVEL=0"])
-def test_t5_ciphers_that_protect_nothing_are_refused(start: Start, messages: Messages, ciphers: str) -> None:
+def test_T5_ciphers_that_protect_nothing_are_refused(start: Start, messages: Messages, ciphers: str) -> None:
     context = client_context(start.directory)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(ciphers)
@@ -470,7 +470,7 @@ def of_a_server(directory: Path, tmp_path: Path, authority: Authority) -> ssl.SS
         (of_a_server, "the client's certificate: un"),  # "unsupported" or "unsuitable certificate purpose"
     ],
 )
-def test_t6_client_without_a_good_certificate_gets_nothing(
+def test_T6_client_without_a_good_certificate_gets_nothing(
     start: Start,
     authority: Authority,
     tmp_path: Path,
@@ -491,7 +491,7 @@ def test_t6_client_without_a_good_certificate_gets_nothing(
     assert f"TLS handshake failed: {reason}" in messages()[-1].replace("self signed", "self-signed")
 
 
-def test_t6_client_with_a_good_certificate_is_served(start: Start) -> None:
+def test_T6_client_with_a_good_certificate_is_served(start: Start) -> None:
     running = start(tls=tls_of(start.directory, verify_peer=True))
 
     client = negotiated(start.greeted(running).start_tls(with_certificate(start.directory)))
@@ -499,7 +499,7 @@ def test_t6_client_with_a_good_certificate_is_served(start: Start) -> None:
     assert client.read(0, 512) == CONTENT[:512]
 
 
-def test_t6_revoked_certificate_is_refused_and_others_are_not(start: Start, tmp_path: Path, messages: Messages) -> None:
+def test_T6_revoked_certificate_is_refused_and_others_are_not(start: Start, tmp_path: Path, messages: Messages) -> None:
     authority = Authority(tmp_path / "ca")
     directory = tmp_path / "tls"
     directory.mkdir()
@@ -518,7 +518,7 @@ def test_t6_revoked_certificate_is_refused_and_others_are_not(start: Start, tmp_
     assert "the client's certificate: certificate revoked" in messages()[0]
 
 
-def test_t6_revocations_out_of_date_let_nobody_in(start: Start, tmp_path: Path, messages: Messages) -> None:
+def test_T6_revocations_out_of_date_let_nobody_in(start: Start, tmp_path: Path, messages: Messages) -> None:
     authority = Authority(tmp_path / "ca")
     directory = tmp_path / "tls"
     directory.mkdir()
@@ -551,7 +551,7 @@ def hello(start: Start) -> bytes:
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 100, None])
-def test_t7_tls_handshake_that_stalls_ends_with_the_time_for_the_handshake_and_holds_up_nobody(
+def test_T7_tls_handshake_that_stalls_ends_with_the_time_for_the_handshake_and_holds_up_nobody(
     start: Start, messages: Messages, count: int | None
 ) -> None:
     running = start(handshake_timeout=0.5)
@@ -567,7 +567,7 @@ def test_t7_tls_handshake_that_stalls_ends_with_the_time_for_the_handshake_and_h
     assert any("handshake not finished in time, closed" in message for message in messages())
 
 
-def test_t7_client_may_leave_anywhere_in_the_tls_handshake(start: Start) -> None:
+def test_T7_client_may_leave_anywhere_in_the_tls_handshake(start: Start) -> None:
     plugin = Disks()
     running = start(plugin)
     greeting = hello(start)
@@ -583,7 +583,7 @@ def test_t7_client_may_leave_anywhere_in_the_tls_handshake(start: Start) -> None
     assert start.connect(running).read(0, 512) == CONTENT[:512]
 
 
-def test_t7_garbage_in_place_of_tls_ends_the_connection(start: Start, messages: Messages) -> None:
+def test_T7_garbage_in_place_of_tls_ends_the_connection(start: Start, messages: Messages) -> None:
     running = start()
     rng = random.Random(7)
 
@@ -599,7 +599,7 @@ def test_t7_garbage_in_place_of_tls_ends_the_connection(start: Start, messages: 
     assert all("TLS handshake failed" in message or "connection lost" in message for message in messages())
 
 
-def test_t7_shutdown_does_not_wait_for_a_tls_handshake(start: Start) -> None:
+def test_T7_shutdown_does_not_wait_for_a_tls_handshake(start: Start) -> None:
     running = start(drain=30)
     client = start.greeted(running)
     client.option(Option.STARTTLS)
@@ -636,7 +636,7 @@ WRITTEN: list[list[tuple[int, int]]] = []
 
 
 @pytest.mark.parametrize("cut", [1, 1000, 16000])
-def test_t8_write_that_is_cut_off_within_a_record_is_not_carried_out(start: Start, cut: int) -> None:
+def test_T8_write_that_is_cut_off_within_a_record_is_not_carried_out(start: Start, cut: int) -> None:
     WRITTEN.clear()
     running = start(Disks(Writable))
     raw = raw_client(running, client_context(start.directory))
@@ -651,7 +651,7 @@ def test_t8_write_that_is_cut_off_within_a_record_is_not_carried_out(start: Star
     assert WRITTEN == [[]]
 
 
-def test_t8_record_that_was_tampered_with_ends_the_connection(start: Start, messages: Messages) -> None:
+def test_T8_record_that_was_tampered_with_ends_the_connection(start: Start, messages: Messages) -> None:
     WRITTEN.clear()
     running = start(Disks(Writable))
     raw = raw_client(running, client_context(start.directory))
@@ -670,7 +670,7 @@ def test_t8_record_that_was_tampered_with_ends_the_connection(start: Start, mess
     raw.socket.close()
 
 
-def test_t8_what_came_whole_before_such_a_record_is_carried_out(start: Start) -> None:
+def test_T8_what_came_whole_before_such_a_record_is_carried_out(start: Start) -> None:
     WRITTEN.clear()
     running = start(Disks(Writable))
     raw = raw_client(running, client_context(start.directory))
@@ -690,7 +690,7 @@ def test_t8_what_came_whole_before_such_a_record_is_carried_out(start: Start) ->
 # --- T11 ---
 
 
-def test_t11_cve_2023_40217_reset_between_starttls_and_tls_serves_nothing(
+def test_T11_cve_2023_40217_reset_between_starttls_and_tls_serves_nothing(
     start_server: StartServer, start: Start
 ) -> None:
     plugin = Disks()

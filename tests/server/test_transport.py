@@ -357,7 +357,7 @@ def test_of_a_unix_client_its_process_is_known() -> None:
     [(socket.AF_INET, "127.0.0.1", Family.INET), (socket.AF_INET6, "::1", Family.INET6)],
     ids=["inet", "inet6"],
 )
-def test_of_a_tcp_client_address_and_port_are_known(family: int, name: str, known: Family) -> None:
+def test_A1_of_a_tcp_client_address_and_port_are_known(family: int, name: str, known: Family) -> None:
     with socket.create_server((name, 0), family=family) as listening, socket.socket(family) as peer:
         peer.connect(listening.getsockname())
         ours, _ = listening.accept()
@@ -397,7 +397,7 @@ def test_of_a_vsock_client_context_and_port_are_known() -> None:
     assert (client.family, client.cid, client.port) == (Family.VSOCK, 5, 1234)
 
 
-def test_a_zone_is_no_part_of_an_address() -> None:
+def test_A7_a_zone_is_no_part_of_an_address() -> None:
     assert describe(Fake(socket.AF_INET6, ("fe80::1%eth0", 9, 0, 2))).address == "fe80::1"
 
 
@@ -411,7 +411,7 @@ def test_a_security_label_that_is_no_text_is_shown_as_far_as_it_is() -> None:
     assert describe(Fake(socket.AF_INET, ("192.0.2.1", 9), {module._SO_PEERSEC: b"a\xff"})).security_label == "a\\xff"
 
 
-def test_ids_that_the_system_does_not_tell_are_unknown() -> None:
+def test_A5_ids_that_the_system_does_not_tell_are_unknown() -> None:
     credentials = struct.pack("3i", 0, -1, -1)
 
     client = describe(Fake(socket.AF_UNIX, "", {socket.SO_PEERCRED: credentials}))
@@ -424,7 +424,7 @@ def test_ids_that_the_system_does_not_tell_are_unknown() -> None:
     [Fake(socket.AF_INET, OSError(errno.ENOTCONN, "gone")), Fake(socket.AF_APPLETALK, "?")],
     ids=["gone", "of another family"],
 )
-def test_of_who_cannot_be_known_nothing_is_claimed(fake: Fake) -> None:
+def test_A4_of_who_cannot_be_known_nothing_is_claimed(fake: Fake) -> None:
     assert describe(fake) == Client(3)
 
 

@@ -37,7 +37,7 @@ def test_modules_beside_a_script_can_be_imported(load: Load, path: Path) -> None
     del sys.modules["helper_of_a_script"]
 
 
-def test_modules_beside_a_script_take_no_others_place(load: Load, path: Path) -> None:
+def test_P5_modules_beside_a_script_take_no_others_place(load: Load, path: Path) -> None:
     (path.parent / "colorsys.py").write_text("raise SystemExit('planted')\n")
     sys.modules.pop("colorsys", None)
 

@@ -76,7 +76,7 @@ file = "/var/lib/nbdkitpy/disk/disk.img"
 URI = "nbd+unix:///?socket=/run/nbdkitpy/disk.sock"
 
 
-def test_hardened_service_serves_its_disk_and_may_do_nothing_else(deploy: Deploy, disk: Path) -> None:
+def test_P9_hardened_service_serves_its_disk_and_may_do_nothing_else(deploy: Deploy, disk: Path) -> None:
     unit = deploy("nbdkitpy@disk", "disk", TEMPLATE.format(limit=2))
 
     client = open_export(URI)
