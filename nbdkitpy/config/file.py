@@ -203,9 +203,10 @@ def _hint(key: str) -> str:
 
 def _port(table: _Table, largest: int, kinds: tuple[type, ...]) -> str:
     port = table.typed("port", kinds)
+    text = table.text("port", port)  # before it is shown: Python does not make a text of a very large number
     if isinstance(port, int) and not 0 <= port <= largest:
-        raise table.error(f"port must be from 0 to {largest}, not {port}")
-    return str(port)
+        raise table.error(f"port must be from 0 to {largest}, not {text}")
+    return text
 
 
 def _family(text: str) -> AddressFamily:

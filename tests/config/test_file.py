@@ -200,6 +200,21 @@ def test_wrong_places_to_listen_on_are_counted_and_named(path: Path, lines: str,
     assert complaint(path, text) == f"[[listen]] 2: {message}"
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "[server]\nthreads = {}",
+        '[[listen]]\ntransport = "tcp"\nport = {}',
+        '[[listen]]\ntransport = "vsock"\nport = {}',
+        '[plugin]\nname = "memory"\nsize = {}',
+        '[plugin]\nname = "memory"\nsize = [{}]',
+    ],
+)
+@pytest.mark.parametrize("number", [hex(1 << 64), str(-(1 << 64)), hex(1 << 20_000)], ids=["64", "-64", "20000"])
+def test_P10_number_of_more_than_64_bits_is_an_error(path: Path, lines: str, number: str) -> None:
+    assert complaint(path, lines.format(number)).endswith(" must be a number of at most 64 bits")
+
+
 # --- [plugin] and [[filter]] ----------------------------------------------------------------------------------------
 
 
