@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import sysconfig
+from pathlib import Path
+
+#: The program, as users start it: first words of a command.
+NBDKITPY = (str(Path(sysconfig.get_path("scripts"), "nbdkitpy")),)
 
 
 def without_coverage() -> dict[str, str]:

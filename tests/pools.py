@@ -8,12 +8,12 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.environment import NBDKITPY
 from tests.interop.harness import PATIENCE, Server, make_distribution
 from tests.nbdclient import NbdClient
 
@@ -186,7 +186,7 @@ def surroundings(directory: Path) -> dict[str, str]:
 def popen(directory: Path, *words: str, env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
     """Begin the program, with two workers and what it says on pipes."""
     return subprocess.Popen(
-        [sys.executable, "-m", "nbdkitpy", "--workers=2", *words],
+        [*NBDKITPY, "--workers=2", *words],
         env={**os.environ, **surroundings(directory), **(env or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from nbdkitpy import ConfigError, log
-from tests.environment import without_coverage
+from tests.environment import NBDKITPY, without_coverage
 
 ROOT = logging.getLogger("nbdkitpy")
 UNIT = logging.getLogger("nbdkitpy.memory")
@@ -522,9 +522,7 @@ def test_mistakes_in_the_command_line_are_errors_of_the_journal(words: list[str]
     with path.open("w") as stream:
         inode = os.fstat(stream.fileno())
         env = {**os.environ, "JOURNAL_STREAM": f"{inode.st_dev}:{inode.st_ino}"}
-        done = subprocess.run(
-            [sys.executable, "-m", "nbdkitpy", *words], stderr=stream, stdout=subprocess.DEVNULL, env=env
-        )
+        done = subprocess.run([*NBDKITPY, *words], stderr=stream, stdout=subprocess.DEVNULL, env=env)
 
     lines = path.read_text().splitlines()
     assert done.returncode == status

@@ -11,16 +11,13 @@ import gc
 import socket
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
 from nbdkitpy import cli
-from tests.environment import without_coverage
+from tests.environment import NBDKITPY, without_coverage
 from tests.nbdclient import NbdClient
-
-SCRIPT = Path(sysconfig.get_path("scripts"), "nbdkitpy")
 
 #: Our own modules, plugins included.
 OURS = {
@@ -119,7 +116,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     """All that is imported until a client has its first reply, and at the end."""
     path = tmp_path_factory.mktemp("start") / "socket"
     with subprocess.Popen(
-        [sys.executable, "-c", RUN, SCRIPT, "-f", "-U", path, "--print-uri", "null", "1M"],
+        [sys.executable, "-c", RUN, *NBDKITPY, "-f", "-U", path, "--print-uri", "null", "1M"],
         stdout=subprocess.PIPE,
         text=True,
         env=without_coverage(),

@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,10 +18,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from tests.environment import without_coverage
+from tests.environment import NBDKITPY, without_coverage
 
 SCRIPTS = Path(__file__).parent / "scripts"
-NBDKITPY = (sys.executable, "-m", "nbdkitpy")
 
 #: Debian builds libnbd's binding for its own Python only.
 DEBIANS_PYTHON = "/usr/bin/python3"
@@ -114,11 +112,17 @@ class Server:
         words: Of the command line.
         directory: For what it writes on standard error.
         env: Variables that are added to the environment.
+        pass_fds: Descriptors that it inherits.
         under: Words before those of the command, of a program that becomes it.
     """
 
     def __init__(
-        self, *words: str | Path, directory: Path, env: Mapping[str, str] | None = None, under: Sequence[str] = ()
+        self,
+        *words: str | Path,
+        directory: Path,
+        env: Mapping[str, str] | None = None,
+        pass_fds: Sequence[int] = (),
+        under: Sequence[str] = (),
     ) -> None:
         self._log = directory / f"stderr-{random.getrandbits(64):x}"
         with self._log.open("wb") as log:
@@ -128,6 +132,7 @@ class Server:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=environment(env),
+                pass_fds=pass_fds,
                 text=True,
             )
         self._has_ended = False
@@ -224,9 +229,9 @@ class Servers:
         """Start a server on a free port of the IPv4 loopback address."""
         return self.at("-4", "-p", "0", *words, env=env)
 
-    def at(self, *words: str | Path, env: Mapping[str, str] | None = None) -> Server:
+    def at(self, *words: str | Path, env: Mapping[str, str] | None = None, pass_fds: Sequence[int] = ()) -> Server:
         """Start a server where `words` say."""
-        server = Server(*words, directory=self._directory, env=env)
+        server = Server(*words, directory=self._directory, env=env, pass_fds=pass_fds)
         self._running.append(server)
         return server
 

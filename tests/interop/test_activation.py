@@ -22,7 +22,8 @@ from typing import Protocol
 import pytest
 
 from nbdkitpy.protocol.constants import Option
-from tests.interop.harness import MIB, NBDKITPY, PATIENCE, Tool, make_distribution
+from tests.environment import NBDKITPY
+from tests.interop.harness import MIB, PATIENCE, Tool, make_distribution
 from tests.nbdclient import NbdClient
 
 pytestmark = pytest.mark.interop

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from tests.environment import NBDKITPY
 from tests.interop.harness import (
     GIB,
     MIB,
-    NBDKITPY,
     Server,
     Servers,
     Tool,

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.harness import MIB, NBDKITPY, Servers, Tool, run
+from tests.environment import NBDKITPY
+from tests.interop.harness import MIB, Servers, Tool, run
 from tests.interop.sidebyside import IMAGE, Request, SideBySide, random_requests
 
 pytestmark = pytest.mark.interop

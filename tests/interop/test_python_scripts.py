@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.harness import DEBIANS_PYTHON, MIB, NBDKITPY, PATIENCE, Servers, Tool, missing, run
+from tests.environment import NBDKITPY
+from tests.interop.harness import DEBIANS_PYTHON, MIB, PATIENCE, Servers, Tool, missing, run
 from tests.interop.sidebyside import IMAGE, Request, SideBySide, random_requests
 
 pytestmark = pytest.mark.interop

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.harness import MIB, NBDKITPY, PATIENCE, Servers, Tool, environment, run
+from tests.environment import NBDKITPY
+from tests.interop.harness import MIB, PATIENCE, Servers, Tool, environment, run
 
 pytestmark = pytest.mark.interop
 

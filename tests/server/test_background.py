@@ -26,6 +26,7 @@ from nbdkitpy import ConfigError, log
 from nbdkitpy.server import background as module
 from nbdkitpy.server.background import Background, redirect_to_nothing
 from nbdkitpy.server.forking import SIGNALS
+from tests.environment import NBDKITPY
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -320,7 +321,7 @@ def test_start_that_fails_is_one_line_and_leaves_nothing(
         words = ["-P", str(tmp_path / "pid"), *words]
 
     done = subprocess.run(
-        [sys.executable, "-m", "nbdkitpy", *mode, *words],
+        [*NBDKITPY, *mode, *words],
         capture_output=True,
         text=True,
         timeout=PATIENCE,

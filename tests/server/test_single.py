@@ -24,6 +24,7 @@ from nbdkitpy.server import single as module
 from nbdkitpy.server.notify import Notifier
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.single import PipeTransport, Single
+from tests.environment import NBDKITPY
 from tests.nbdclient import PATIENCE, NbdClient, Style
 from tests.serving import CONTENT, SIZE, Disk, Disks, make_stack
 
@@ -682,7 +683,7 @@ def test_standard_error_that_is_the_clients_is_silenced(
 
 def nbdkitpy(*words: str) -> list[str]:
     """The command that serves on its standard streams."""
-    return [sys.executable, "-m", "nbdkitpy", "-s", *words]
+    return [*NBDKITPY, "-s", *words]
 
 
 NOISY = f"""
