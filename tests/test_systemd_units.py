@@ -137,7 +137,7 @@ def test_server_may_come_and_go_with_its_clients_as_often_as_they_like(path: Pat
     assert value(path, key) == "0"
 
 
-def test_simple_service_is_for_this_machine_only() -> None:
+def test_A14_simple_service_is_for_this_machine_only() -> None:
     addresses = [value for key, value in settings(ROOT / "systemd" / "nbdkitpy.socket") if key == "ListenStream"]
 
     assert addresses == ["127.0.0.1:10809", "[::1]:10809"]

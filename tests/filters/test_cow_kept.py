@@ -87,7 +87,7 @@ def change(handle: Handle) -> bytes:
 
 
 @pytest.mark.parametrize("end", [Life.end, Life.kill])
-def test_what_was_written_is_there_again(end: Callable[[Life], None], path: Path) -> None:
+def test_S7_what_was_written_is_there_again(end: Callable[[Life], None], path: Path) -> None:
     life = Life(path)
     content = change(life.handle)
     known = extents(life.handle, SIZE)

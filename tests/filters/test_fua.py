@@ -165,7 +165,7 @@ def test_what_is_read_only_costs_nothing(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["pass", "discard", "force"])
-def test_the_plugin_is_flushed_before_the_handle_is_closed(mode: str) -> None:
+def test_S7_the_plugin_is_flushed_before_the_handle_is_closed(mode: str) -> None:
     handle = Recorder()
 
     opened(Fua(), handle, f"fua-mode={mode}", "flush-on-close=true").close()
@@ -173,7 +173,7 @@ def test_the_plugin_is_flushed_before_the_handle_is_closed(mode: str) -> None:
     assert handle.calls == [("flush",), ("close",)]
 
 
-def test_it_is_not_flushed_unless_that_was_asked_for() -> None:
+def test_S7_it_is_not_flushed_unless_that_was_asked_for() -> None:
     handle = Recorder()
 
     opened(Fua(), handle, "fua-mode=pass").close()

@@ -177,14 +177,14 @@ class Server:
         """Wait until it ends, however that may be, and return its exit status."""
         return self._process.wait(PATIENCE)
 
-    def wait(self) -> list[str]:
-        """Wait until it ends by itself, which it has to do in order, and return its standard error's lines."""
-        status = self._process.wait(PATIENCE)
+    def wait(self, status: int = 0) -> list[str]:
+        """Wait until it ends by itself, which it has to do with this exit status, and return its standard error's lines."""
+        found = self._process.wait(PATIENCE)
         self._has_ended = True
         self._close()
         lines = self.log()
         assert "Traceback" not in "\n".join(lines)
-        assert status == 0, lines
+        assert found == status, lines
         return lines
 
     def end(self) -> list[str]:

@@ -298,6 +298,7 @@ def taken() -> Iterator[socket.socket]:
     [
         (["-i", "127.0.0.1", "-p", "PORT", "memory", "1M"], "127.0.0.1 port PORT: Address already in use"),
         (["-U", "/DIRECTORY/file", "memory", "1M"], "/DIRECTORY/file: Address already in use"),
+        (["-U", "/DIRECTORY/" + "x" * 108, "memory", "1M"], "unix: the path must have at most 107 bytes"),
         (["-U", "/DIRECTORY/s", "file", "/DIRECTORY/none"], "No such file or directory"),
         (["-U", "/DIRECTORY/s", "memory", "1M", "key=1"], "key"),
         (["-U", "/DIRECTORY/s", "memory", "size=much"], "much"),
@@ -309,7 +310,7 @@ def taken() -> Iterator[socket.socket]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_start_that_fails_is_one_line_and_leaves_nothing(
+def test_A11_A12_P3_S4_start_that_fails_is_one_line_and_leaves_nothing(
     tmp_path: Path, taken: socket.socket, mode: list[str], words: list[str], text: str
 ) -> None:
     (tmp_path / "file").write_text("precious")
@@ -359,7 +360,9 @@ def hanging(caller: Caller) -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
-def test_second_signal_to_the_launcher_ends_a_server_that_hangs(caller: Caller, hanging: subprocess.Popen[str]) -> None:
+def test_S4_second_signal_to_the_launcher_ends_a_server_that_hangs(
+    caller: Caller, hanging: subprocess.Popen[str]
+) -> None:
     server = caller.pid
     with ended(server):
         # The second one only after the first has been passed on, as two of the same kind may become one.

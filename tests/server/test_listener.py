@@ -164,7 +164,7 @@ def test_a_name_that_is_no_address_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("port", ["65536", "99999", "123456789", "no-such-service", "-1"])
-def test_a_port_that_is_none_is_refused(port: str) -> None:
+def test_P10_a_port_that_is_none_is_refused(port: str) -> None:
     assert f'"{port}"' in refusal(port=port)
 
 
@@ -353,7 +353,7 @@ def test_a_taken_vsock_port_is_refused() -> None:
 
 
 @pytest.mark.parametrize("port", ["4294967296", "-1", "x", "", "99999999999", "１"])
-def test_a_vsock_port_that_is_none_is_refused(port: str) -> None:
+def test_P10_a_vsock_port_that_is_none_is_refused(port: str) -> None:
     text = refusal(transport=Transport.VSOCK, port=port)
 
     assert text == f'port must be a number from 0 to 4294967295 for vsock, not "{port}"'

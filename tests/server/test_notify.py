@@ -269,7 +269,7 @@ def test_watchdog_that_cannot_be_told_is_none(caplog: pytest.LogCaptureFixture) 
 @pytest.mark.parametrize(
     "limit", ["0", "-1", "1x", " 1", "1_000", "1.5", "١", "9" * 20, "9" * 5000], ids=lambda x: x[:20]
 )
-def test_watchdog_time_that_is_none_is_logged(path: str, limit: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_P10_watchdog_time_that_is_none_is_logged(path: str, limit: str, caplog: pytest.LogCaptureFixture) -> None:
     assert Notifier({"NOTIFY_SOCKET": path, "WATCHDOG_USEC": limit}).watchdog_interval is None
 
     (record,) = caplog.records

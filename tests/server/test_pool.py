@@ -162,7 +162,7 @@ def sockets(pid: int) -> set[str]:
     return {link for link in links if link.startswith("socket:")}
 
 
-def test_workers_have_no_socket_but_the_one_to_the_main_process(start: Callable[..., Pool]) -> None:
+def test_P2_workers_have_no_socket_but_the_one_to_the_main_process(start: Callable[..., Pool]) -> None:
     pool = start(workers=3)
 
     found = [sockets(pid) for pid in pool.pids("after_fork")]
@@ -332,7 +332,7 @@ def test_what_cannot_have_workers_says_so(words: list[str], text: str, tmp_path:
     assert text in errors
 
 
-def test_in_the_background_workers_have_nothing_of_the_caller(directory: Path) -> None:
+def test_P2_P8_in_the_background_workers_have_nothing_of_the_caller(directory: Path) -> None:
     options = ("-U", f"{directory}/s", "-P", f"{directory}/pid", "--log=null")
 
     done = run(directory, *options, "pids", f"journal={directory}/j")
@@ -376,7 +376,7 @@ def test_a_count_that_comes_too_late_to_be_shared_is_an_error(directory: Path) -
     assert "shared_count must be called in load or get_ready, before the workers begin" in errors
 
 
-def test_a_beginning_that_does_not_end_is_cut_short_by_the_second_signal(
+def test_S4_a_beginning_that_does_not_end_is_cut_short_by_the_second_signal(
     begin: Callable[..., subprocess.Popen[str]], directory: Path
 ) -> None:
     journal = directory / "j"
@@ -446,7 +446,7 @@ def held_up(pool: Pool) -> NbdClient:
     return client
 
 
-def test_a_backend_that_does_not_return_does_not_hold_up_the_end(start: Callable[..., Pool]) -> None:
+def test_S3_a_backend_that_does_not_return_does_not_hold_up_the_end(start: Callable[..., Pool]) -> None:
     pool = start("--drain=0.1")
     held_up(pool)
 
@@ -457,7 +457,7 @@ def test_a_backend_that_does_not_return_does_not_hold_up_the_end(start: Callable
     assert len(pool.pids("cleanup")) == 1  # of the other one
 
 
-def test_the_second_signal_ends_all_at_once(start: Callable[..., Pool]) -> None:
+def test_S4_the_second_signal_ends_all_at_once(start: Callable[..., Pool]) -> None:
     pool = start("--drain=3600")
     client = held_up(pool)
 
@@ -469,7 +469,7 @@ def test_the_second_signal_ends_all_at_once(start: Callable[..., Pool]) -> None:
     assert pool._process.wait(PATIENCE) == 1
 
 
-def test_a_cleanup_that_does_not_return_is_cut_short_by_the_second_signal(start: Callable[..., Pool]) -> None:
+def test_S4_a_cleanup_that_does_not_return_is_cut_short_by_the_second_signal(start: Callable[..., Pool]) -> None:
     pool = start(parameters=["bad=cleanup"])
     os.kill(pool.pid, signal.SIGTERM)
     eventually(lambda: len(pool.pids("cleanup")) == 2)
@@ -480,7 +480,7 @@ def test_a_cleanup_that_does_not_return_is_cut_short_by_the_second_signal(start:
     assert [line.partition(") ")[2] for line in pool.log()] == ["does not end, and is killed"] * 2
 
 
-def test_the_server_ends_with_the_command_of_run_and_its_status(directory: Path) -> None:
+def test_S6_the_server_ends_with_the_command_of_run_and_its_status(directory: Path) -> None:
     done = run(directory, "--run", 'test -S "$unixsocket" && echo "$uri"; exit 7', "pids", f"journal={directory}/j")
 
     assert done[0] == 7

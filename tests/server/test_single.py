@@ -444,7 +444,7 @@ def test_client_on_pipes_who_is_not_served_is_left(standard: Callable[[int, int,
     os.close(read)
 
 
-def test_shutdown_ends_an_idle_client(on_a_socket: tuple[NbdClient, Callable[..., Single]]) -> None:
+def test_S1_shutdown_ends_an_idle_client(on_a_socket: tuple[NbdClient, Callable[..., Single]]) -> None:
     client, make = on_a_socket
     serving = Serving(make())
     client.negotiate()
@@ -524,7 +524,7 @@ def test_client_who_waits_for_a_backend_in_the_handshake_is_not_late(
     assert serving.result() is True
 
 
-def test_client_that_does_not_take_its_replies_is_left_after_the_drain_time(
+def test_S1_client_that_does_not_take_its_replies_is_left_after_the_drain_time(
     on_a_socket: tuple[NbdClient, Callable[..., Single]],
 ) -> None:
     client, make = on_a_socket

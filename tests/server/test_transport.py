@@ -357,7 +357,7 @@ def test_of_a_unix_client_its_process_is_known() -> None:
     [(socket.AF_INET, "127.0.0.1", Family.INET), (socket.AF_INET6, "::1", Family.INET6)],
     ids=["inet", "inet6"],
 )
-def test_A1_of_a_tcp_client_address_and_port_are_known(family: int, name: str, known: Family) -> None:
+def test_of_a_tcp_client_address_and_port_are_known(family: int, name: str, known: Family) -> None:
     with socket.create_server((name, 0), family=family) as listening, socket.socket(family) as peer:
         peer.connect(listening.getsockname())
         ours, _ = listening.accept()
@@ -395,6 +395,12 @@ def test_of_a_vsock_client_context_and_port_are_known() -> None:
     client = describe(Fake(getattr(socket, "AF_VSOCK", 40), (5, 1234)))
 
     assert (client.family, client.cid, client.port) == (Family.VSOCK, 5, 1234)
+
+
+def test_A1_ipv4_client_of_an_ipv6_socket_is_described_as_one_of_ipv4() -> None:
+    client = describe(Fake(socket.AF_INET6, ("::ffff:10.0.0.1", 9, 0, 0)))
+
+    assert (client.family, client.address, client.port) == (Family.INET, "10.0.0.1", 9)
 
 
 def test_A7_a_zone_is_no_part_of_an_address() -> None:
