@@ -178,7 +178,7 @@ class Server:
         return self._process.wait(PATIENCE)
 
     def wait(self, status: int = 0) -> list[str]:
-        """Wait until it ends by itself, which it has to do with this exit status, and return its standard error's lines."""
+        """Wait until it ends by itself, with this exit status, and return its standard error's lines."""
         found = self._process.wait(PATIENCE)
         self._has_ended = True
         self._close()

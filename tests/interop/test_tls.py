@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
+import socket
+import ssl
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.certificates import CLIENT_USE, Authority, make_psk_file
+from tests.environment import NBDKITPY
 from tests.interop.harness import MIB, PATIENCE, Servers, Tool, full_image, make_distribution, sha256
+from tests.nbdclient import NbdClient
 
 pytestmark = pytest.mark.interop
 
@@ -214,17 +219,7 @@ def test_T4_server_that_cannot_do_what_it_is_told_does_not_start(
     tmp_path: Path, certificates: Path, words: list[str], message: str
 ) -> None:
     places = {"empty": tmp_path, "good": certificates}
-    argv = [
-        sys.executable,
-        "-m",
-        "nbdkitpy",
-        "-f",
-        "-U",
-        "-",
-        *(word.format(**places) for word in words),
-        "memory",
-        "1M",
-    ]
+    argv = [*NBDKITPY, "-f", "-U", "-", *(word.format(**places) for word in words), "memory", "1M"]
 
     done = subprocess.run(argv, capture_output=True, text=True, timeout=PATIENCE, check=False, env={"HOME": "/nowhere"})
 
@@ -246,3 +241,33 @@ def test_sighup_reads_certificates_again(serve: Servers, nbdinfo: Tool, certific
         pass
 
     assert nbdinfo("--size", server.uri).strip() == str(MIB)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_T10_key_that_only_root_can_read_is_read_before_user_and_directory_change(certificates: Path) -> None:
+    words = ["-U", "socket", "-P", "pid", "-u", "65534", "-g", "65534", "--tls=require", "--tls-certificates", "tls"]
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        os.chown(place, 65534, 65534)
+        shutil.copytree(certificates, place / "tls")
+        (place / "tls" / "server-key.pem").chmod(0o600)
+
+        subprocess.run([*NBDKITPY, *words, "memory", "1M"], cwd=place, timeout=PATIENCE, check=True)
+        pid = int((place / "pid").read_text())
+        server = os.pidfd_open(pid)
+        try:
+            assert os.readlink(f"/proc/{pid}/cwd") == "/"
+            assert exports_by_tls(place / "socket", place / "tls" / "ca-cert.pem") == [""]
+        finally:
+            signal.pidfd_send_signal(server, signal.SIGTERM)
+            assert select.select([server], [], [], PATIENCE)[0]
+            os.close(server)
+
+
+def exports_by_tls(path: Path, authority: Path) -> list[str]:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(path))
+        client = NbdClient(sock)
+        client.greet()
+        with client.start_tls(ssl.create_default_context(cafile=str(authority))):
+            return client.exports()

@@ -21,9 +21,10 @@ from nbdkitpy import Client, Export, Handle
 from nbdkitpy.backend import Buffer
 from nbdkitpy.protocol.constants import Command, Option, OptionReply, TlsMode
 from nbdkitpy.server.credentials import certificates_context
+from nbdkitpy.server.options import Endpoint, Transport
 from nbdkitpy.server.single import PipeTransport
-from nbdkitpy.server.tls import Tls, TlsTransport
-from nbdkitpy.server.transport import SocketTransport
+from nbdkitpy.server.tls import Secured, Tls, TlsTransport
+from nbdkitpy.server.transport import Connection, SocketTransport
 from nbdkitpy_filters.ip import Ip
 from tests.certificates import CLIENT_USE, SERVER_USE, Authority
 from tests.conftest import StartServer
@@ -371,6 +372,16 @@ def test_T3_N5_nbdkit_282c3b03_nothing_is_opened_without_tls_where_it_is_require
     assert plugin.opened == 0
 
 
+def test_T3_client_that_the_filters_refuse_gets_no_byte(start: Start) -> None:
+    plugin, ip = Disks(), Ip()
+    ip.config("deny", "all")
+
+    client = start(plugin, ip).dial()
+
+    assert client.at_end()
+    assert plugin.opened == 0
+
+
 def test_T3_nbdkit_282c3b03_refused_option_with_data_and_starttls_on_the_same_connection(start: Start) -> None:
     client = start.greeted(start())
     with pytest.raises(Refused):
@@ -690,19 +701,37 @@ def test_T8_what_came_whole_before_such_a_record_is_carried_out(start: Start) ->
 # --- T11 ---
 
 
-def test_T11_cve_2023_40217_reset_between_starttls_and_tls_serves_nothing(
-    start_server: StartServer, start: Start
+@pytest.mark.parametrize("transport", [Transport.UNIX, Transport.TCP], ids=lambda transport: transport.value)
+def test_T11_cve_2023_40217_plain_text_and_a_reset_before_tls_is_not_taken_for_tls(
+    start: Start, monkeypatch: pytest.MonkeyPatch, messages: Messages, transport: Transport
 ) -> None:
     plugin = Disks()
-    running = start(plugin)
-    for _ in range(20):
-        client = start.greeted(running)
-        client.send_option(Option.STARTTLS)
+    at: dict[str, Any] = {} if transport is Transport.UNIX else {"endpoints": (Endpoint(port="0"),)}
+    running = start(plugin, **at)
+    gone = threading.Semaphore(0)
+    accept = Tls.accept
+
+    def late(tls: Tls, raw: Connection) -> Secured:
+        assert gone.acquire(timeout=PATIENCE)  # when all has come and the client is not there any more
+        return accept(tls, raw)
+
+    monkeypatch.setattr(Tls, "accept", late)
+    for _ in range(5):
+        if transport is Transport.UNIX:
+            client = running.dial()
+        else:
+            client = NbdClient(socket.create_connection(("127.0.0.1", running.server.port or 0)))
+        client.greet()
+        client.option(Option.STARTTLS)
+        client.send_option(Option.GO, bytes(6))
         client.reset()
+        gone.release()
 
     running.wait_for_sessions(0)
 
     assert plugin.opened == 0
+    assert len(messages()) == 5
+    assert all("TLS handshake failed" in message or "connection lost" in message for message in messages())
 
 
 # --- R3: refused requests are skipped by way of TLS ---
