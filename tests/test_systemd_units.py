@@ -97,6 +97,27 @@ def test_P9_template_leaves_little_exposed(analyze: str, installed: Path) -> Non
     assert "Overall exposure level" in report
 
 
+#: What no service of ours may do, and what the template may not do besides. The rest is in the points above.
+RESTRICTIONS = {
+    "NoNewPrivileges": ("yes", "yes"),
+    "RestrictSUIDSGID": ("yes", "yes"),
+    "MemoryDenyWriteExecute": ("yes", "yes"),
+    "ProtectSystem": ("full", "strict"),
+    "DynamicUser": (None, "yes"),
+    "ProtectHome": (None, "yes"),
+    "PrivateDevices": (None, "yes"),
+    "PrivateNetwork": (None, "yes"),
+    "CapabilityBoundingSet": (None, ""),
+}
+
+
+@pytest.mark.parametrize("key", RESTRICTIONS)
+def test_P9_services_may_not_do_what_no_disk_needs(key: str) -> None:
+    simple = dict(settings(ROOT / "systemd" / "nbdkitpy.service"))
+
+    assert (simple.get(key), value(TEMPLATE, key)) == RESTRICTIONS[key]
+
+
 def test_service_that_leaves_much_exposed_would_be_noticed(analyze: str, tmp_path: Path) -> None:
     path = tmp_path / "bare.service"
     path.write_text(f"[Service]\nExecStart={sys.executable}\n")

@@ -7,8 +7,9 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -137,6 +138,16 @@ def test_F1_a_name_that_is_no_file_name_does_not_exist(name: str, readonly: bool
     assert refused(plugin, name, readonly) == errno.ENOENT
 
 
+@pytest.mark.parametrize("way", ["openat2"], indirect=True)
+@pytest.mark.parametrize("name", ["../secret", "../served/disk", "/etc/passwd", "sub/../../secret"])
+def test_F1_the_kernel_keeps_the_border_by_itself(
+    name: str, plugin: FilePlugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbdkitpy_plugins.file.directory._component", str.encode)
+
+    assert refused(plugin, name) == errno.EXDEV
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -258,6 +269,29 @@ def test_F4_a_name_that_is_swapped_all_the_time_never_gives_what_lies_outside(pl
     assert b"disk" in seen
     assert b"secret" not in seen
     assert seen <= {b"disk", errno.ENOENT, errno.EXDEV, errno.ELOOP, errno.EAGAIN}
+
+
+def test_F4_what_a_name_leads_to_is_looked_up_once_and_all_else_is_asked_of_the_descriptor(
+    plugin: FilePlugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[object] = []
+
+    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            opened.append(args)
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", noted(os.open))
+        patched.setattr(linux, "open_beneath", noted(linux.open_beneath))
+        for name in ("stat", "lstat", "access", "readlink", "scandir", "listdir"):
+            patched.setattr(os, name, noted(getattr(os, name)))
+        found = content(plugin, "disk")
+
+    assert found == b"disk"
+    assert len(opened) == 1, opened
 
 
 # --- special files ---

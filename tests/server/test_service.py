@@ -23,6 +23,7 @@ from nbdkitpy import Buffer, Client, ThreadModel
 from nbdkitpy.protocol.constants import Command, NbdError, Option
 from nbdkitpy.server import front, service
 from nbdkitpy.server.options import Endpoint, ServerOptions, Transport
+from nbdkitpy.server.sender import Budget
 from nbdkitpy.server.service import Server
 from nbdkitpy.server.transport import SocketTransport, describe_client
 from tests.conftest import StartServer
@@ -779,6 +780,39 @@ def test_S2_what_is_in_flight_is_finished_and_what_comes_later_refused(
     assert written == [b"first"]
     assert server.join()
     assert not caplog.messages
+
+
+def test_S2_what_workers_have_in_hand_is_answered(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside, gate, waits = threading.Semaphore(0), threading.Event(), threading.Event()
+    wait_until_unused = Budget.wait_until_unused
+
+    def noted(self: Budget) -> None:
+        waits.set()
+        wait_until_unused(self)
+
+    monkeypatch.setattr(Budget, "wait_until_unused", noted)
+
+    class Held(Slow):
+        def pread(self, count: int, offset: int) -> bytes:
+            inside.release()
+            assert gate.wait(PATIENCE)
+            return super().pread(count, offset)
+
+    server = start_server(Disks(Held), drain=60.0)
+    client = server.connect()
+    for number in range(4):
+        client.send(Command.READ, number * 512, 512)
+        assert inside.acquire(timeout=PATIENCE)
+
+    server.server.shutdown()
+    assert waits.wait(PATIENCE)  # by the thread that reads, which has come to the end
+    gate.set()
+
+    assert sorted(reply.data for reply in client.replies(4).values()) == sorted(
+        CONTENT[number * 512 : number * 512 + 512] for number in range(4)
+    )
+    assert client.at_end()
+    assert server.join()
 
 
 def test_S4_a_second_request_to_end_does_not_wait_for_clients(start_server: StartServer) -> None:
