@@ -6,8 +6,14 @@ import os
 import sysconfig
 from pathlib import Path
 
+import nbdkitpy
+
 #: The program, as users start it: first words of a command.
 NBDKITPY = (str(Path(sysconfig.get_path("scripts"), "nbdkitpy")),)
+
+#: What ``python -m nbdkitpy`` runs. By path, as pytest's own importer, which imports all of what offers it a plugin,
+#: cannot run modules.
+MAIN = str(Path(nbdkitpy.__file__).with_name("__main__.py"))
 
 
 def without_coverage() -> dict[str, str]:

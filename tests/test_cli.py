@@ -29,7 +29,7 @@ from nbdkitpy.server.launch import SIGNALS
 from nbdkitpy.server.notify import Notifier
 from nbdkitpy.server.options import AddressFamily, Endpoint, ServerOptions, Transport
 from nbdkitpy.stack import Stack
-from tests.environment import without_coverage
+from tests.environment import MAIN, without_coverage
 
 ROOT = Path(__file__).parents[1]
 
@@ -1081,7 +1081,7 @@ def test_P5_module_drops_the_first_place_to_import_from_if_python_put_it_there(
     monkeypatch.syspath_prepend("/current/directory")
     monkeypatch.setattr(cli, "main", lambda: None)
 
-    runpy.run_module("nbdkitpy", run_name="__main__")
+    runpy.run_path(MAIN, run_name="__main__")
 
     assert ("/current/directory" in sys.path) is kept
 
@@ -1089,7 +1089,7 @@ def test_P5_module_drops_the_first_place_to_import_from_if_python_put_it_there(
 def test_module_does_nothing_when_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "main", lambda: pytest.fail("it ran"))
 
-    runpy.run_module("nbdkitpy", run_name="nbdkitpy.__main__")
+    runpy.run_path(MAIN, run_name="nbdkitpy.__main__")
 
 
 def test_main_takes_the_sockets_of_a_service_manager(

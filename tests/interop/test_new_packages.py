@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.interop.harness import NBDKITPY, Tool, run
+from tests.environment import NBDKITPY
+from tests.interop.harness import Tool, run
 
 pytestmark = pytest.mark.interop
 
