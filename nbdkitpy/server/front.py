@@ -191,7 +191,7 @@ class Front:
     def _serve_while(self, condition: Callable[[], bool]) -> None:
         while not self._stopping and condition():
             self._wait()
-            while self._calls:
+            for _ in range(len(self._calls)):  # those that come meanwhile do not keep it from the rest
                 self._calls.popleft()()
 
     def _wait_until(self, is_over: Callable[[], bool], seconds: float = _NEVER) -> None:

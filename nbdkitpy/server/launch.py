@@ -171,6 +171,7 @@ class _Life:
         self._undo = contextlib.ExitStack()
         self._background: Background | None = None
         self._held_up = False  # a backend has not returned: what it has can be neither closed nor cleaned up
+        self._is_hung_up = False  # SIGHUP has come, of which nothing has come yet
         self._in_unit = False  # a unit is doing something that a second signal cuts short
 
     def begin(self, undo: contextlib.ExitStack, background: bool) -> None:
@@ -286,11 +287,14 @@ class _Life:
                 self._captive.end()
 
         def reload_units() -> None:
+            self._is_hung_up = False
             with self._unit():
                 reload()
 
         def hang_up(number: int, frame: FrameType | None) -> None:
-            self._server.call_soon(reload_units)
+            if not self._is_hung_up:  # else what is still to be done is for this one too
+                self._is_hung_up = True
+                self._server.call_soon(reload_units)
 
         # Were SIGPIPE not ignored, a client that leaves would end us. Python does that, but a unit may have undone it.
         handlers: dict[signal.Signals, Callable[[int, FrameType | None], object] | signal.Handlers] = {

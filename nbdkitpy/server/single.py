@@ -304,7 +304,7 @@ class Single:
             # A little late rather than a little early, which would mean to come back at once.
             _wait(min(left, self._report(), _LONGEST_WAIT) * 1000 + 1, self._wake.watch)
             self._wake.clear()
-            while self._calls:
+            for _ in range(len(self._calls)):
                 self._calls.popleft()()
         return True
 

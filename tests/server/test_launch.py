@@ -494,6 +494,26 @@ def test_P7_sighup_reloads_and_logs_what_that_did(
     assert server.events[4:8] == ["serve", "call_soon", "reloaded", "goes on"]
 
 
+def test_P7_signals_that_come_before_the_reload_begins_are_one(
+    server: FakeServer, stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue: list[Callable[[], object]] = []
+    monkeypatch.setattr(server, "call_soon", queue.append)
+
+    def during() -> None:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGHUP)
+        assert len(queue) == 1
+        queue.pop()()
+        signal.raise_signal(signal.SIGHUP)
+        assert len(queue) == 1
+        server.stopped.set()
+
+    server.during = during
+
+    assert launch(server, stack, reload=list) == 0
+
+
 def test_sighup_reads_certificates_again(server: FakeServer, stack: Stack, messages: Callable[[], list[str]]) -> None:
     made: list[ssl.SSLContext] = []
 

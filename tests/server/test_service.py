@@ -959,6 +959,18 @@ def test_the_manager_is_told_how_many_clients_there_are_and_that_the_end_begins(
     second.at_end()
 
 
+def test_P7_calls_that_ask_for_the_next_one_keep_no_client_waiting(start_server: StartServer) -> None:
+    server = start_server(Disks())
+
+    def again() -> None:
+        server.server.call_soon(again)
+
+    again()
+
+    with server.connect() as client:
+        assert client.read(0, 512) == CONTENT[:512]
+
+
 def test_the_watchdog_is_fed_in_time_and_not_more_often(clock: Clock, start_server: StartServer) -> None:
     server, manager = start_server(begin=False), Manager(watchdog_interval=30.0)
     managed(server, manager)

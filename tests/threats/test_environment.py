@@ -29,7 +29,7 @@ from nbdkitpy.backend import Backend
 from nbdkitpy.config import SETTINGS
 from nbdkitpy.protocol.constants import Command, NbdError
 from nbdkitpy.registry import Kind, Registry
-from tests.environment import NBDKITPY, without_coverage
+from tests.environment import MAIN, NBDKITPY, without_coverage
 from tests.interop.harness import PATIENCE, Servers, make_distribution
 from tests.nbdclient import NbdClient
 from tests.test_systemd_units import SERVICES, settings
@@ -325,7 +325,7 @@ def test_P5_places_where_the_module_starts(monkeypatch: pytest.MonkeyPatch, tmp_
     with contextlib.ExitStack() as refused:
         if not starts:
             refused.enter_context(pytest.raises(SystemExit, match=r"^nbdkitpy: error: python -m takes modules"))
-        runpy.run_module("nbdkitpy", run_name="__main__")
+        runpy.run_path(MAIN, run_name="__main__")
 
     assert bool(started) is starts
 
