@@ -91,6 +91,10 @@ class NbdClient(Wire):
             contexts: Select base:allocation, so that the block status can be asked for.
         """
         self.greet()
+        return self.negotiate_rest(style, name=name, contexts=contexts)
+
+    def negotiate_rest(self, style: Style = Style.SIMPLE, *, name: str = "", contexts: bool = False) -> NbdClient:
+        """Go through what is left of a handshake after :meth:`greet`, and return this client."""
         self.negotiate_style(style)
         if contexts:
             self.require(self.select_base_allocation(name), "there is no base:allocation")

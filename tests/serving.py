@@ -106,14 +106,19 @@ def make_stack(plugin: Plugin, filters: Sequence[Filter] = (), server: Any = Non
 
 
 class NotingServer(Server):
-    """Lets tests wait for the end of sessions."""
+    """Lets tests wait for the end of sessions, and for what the main loop is woken for."""
 
     def __init__(self, options: ServerOptions) -> None:
+        self.wakes = threading.Semaphore(0)
         super().__init__(options)
         self.ends = threading.Semaphore(0)
 
-    def _has_left(self) -> None:
-        super()._has_left()
+    def _wake(self) -> None:
+        super()._wake()
+        self.wakes.release()
+
+    def _has_left(self, number: int) -> None:
+        super()._has_left(number)
         self.ends.release()
 
 

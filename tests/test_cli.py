@@ -365,6 +365,7 @@ def test_options_that_are_not_the_servers(parsed: Parsed) -> None:
         name="n",
         debug=(DebugFlag("a", "b", 1), DebugFlag("c", "d", 2)),
         exit_with_parent=True,
+        by_command_line=frozenset({"run", "log", "name", "debug", "exit_with_parent"}),
     )
 
 

@@ -205,6 +205,7 @@ def _configuration(
         listen=document.listen if document else (),
         fds=activation.fds if activation else (),
         file=document,
+        by_command_line=values,
     )
 
 

@@ -217,7 +217,7 @@ def prepare(config: ServerConfig, look_at: Callable[[Stack], None] | None = None
     server.tls = load_tls(config.server)
     with contextlib.ExitStack() as undo:
         loaded = _load(config, server, undo, look_at)
-        reload = _reloader(loaded)
+        reload = _reloader(loaded, server)
         undo.pop_all()  # launch sees to it
     return Prepared(server, loaded.stack, reload)
 
@@ -236,12 +236,13 @@ def _server(config: ServerConfig) -> Servable:
     return Server(config.server)
 
 
-def _reloader(loaded: Loaded) -> Callable[[], list[str]] | None:
+def _reloader(loaded: Loaded, server: Servable) -> Callable[[], list[str]] | None:
     if loaded.config.file is None:
         return None
     from nbdkitpy.config.reload import Reloader
 
-    return Reloader(loaded.config.file, loaded.stack, loaded.configured, loaded.config.plugin)
+    by_command_line, plugin = loaded.config.by_command_line, loaded.config.plugin
+    return Reloader(loaded.config.file, loaded.stack, loaded.configured, plugin, server.change_options, by_command_line)
 
 
 def _notifier() -> Notifier | None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from nbdkitpy import log
 from nbdkitpy.backend import Backend
 from nbdkitpy.config.file import Document, read_file
+from nbdkitpy.config.settings import SETTINGS, Setting
 from nbdkitpy.config.units import Configured, UnitTable, read_texts, tables_of, unknown
 from nbdkitpy.exceptions import ConfigError
+from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.stack import Stack
 
 __all__ = ["Reloader"]
+
+_NOT_USED = "is not used, as the command line gives it"
+_NEEDS_RESTART = "differs: that needs a restart"
 
 
 class Reloader:
@@ -25,10 +30,24 @@ class Reloader:
         stack: It was configured by it.
         configured: By what.
         plugin: The word by which the plugin was asked for.
+        change_options: Called with those settings of the server that have changed and may do so.
+        by_command_line: Names of settings that the command line has given.
     """
 
-    def __init__(self, document: Document, stack: Stack, configured: Configured, plugin: str) -> None:
+    def __init__(
+        self,
+        document: Document,
+        stack: Stack,
+        configured: Configured,
+        plugin: str,
+        change_options: Callable[..., object],
+        by_command_line: frozenset[str] = frozenset(),
+    ) -> None:
         self._document = document
+        self._change_options = change_options
+        self._live_settings = [each for each in SETTINGS if each.live and each.name not in by_command_line]
+        self._shadowed = frozenset(each.key for each in SETTINGS if each.live and each.name in by_command_line)
+        self._options = _values(self._live_settings, document)
         self._stack = stack
         self._configured = configured
         # What was not given by the file is not to be changed by it: a plugin may have been named on the command line.
@@ -46,7 +65,7 @@ class Reloader:
         """
         new = read_file(self._document.path)
         changes, lines = self._compare(new)
-        lines = [*self._stack.reload(changes), *lines]
+        lines = [*self._stack.reload(changes), *self._reload_options(new), *lines]
         for layer, texts in changes.items():
             self._running[layer].update(texts)
         return [*lines, *_reopened()] or ["nothing has changed"]
@@ -54,7 +73,7 @@ class Reloader:
     def _compare(self, new: Document) -> tuple[dict[Backend, dict[str, tuple[str, ...]]], list[str]]:
         """The changes of live parameters, and lines about all others."""
         changes: dict[Backend, dict[str, tuple[str, ...]]] = {}
-        lines = [f"{what} differs: that needs a restart" for what in self._differences(new)]
+        lines = [*self._differences(new)]
         if self._names(new) != self._names(self._document):
             return changes, lines
         pairs = zip(self._tables(self._document), self._tables(new))
@@ -62,26 +81,38 @@ class Reloader:
             for key in sorted({*before.parameters, *after.parameters} | _live(layer)):
                 if (layer, key) in self._configured.by_command_line:
                     if before.parameters.get(key) != after.parameters.get(key):
-                        lines.append(f"{after.where}: {key} is not used, as the command line gives it")
+                        lines.append(f"{after.where}: {key} {_NOT_USED}")
                 elif key in _live(layer):
                     texts = read_texts(layer, key, after)
                     if texts != self._running[layer][key]:
                         changes.setdefault(layer, {})[key] = texts
                 elif before.parameters.get(key) != after.parameters.get(key):
                     _check(layer, key, after)
-                    lines.append(f"{after.where}: {key} differs: that needs a restart")
+                    lines.append(f"{after.where}: {key} {_NEEDS_RESTART}")
         return changes, lines
 
+    def _reload_options(self, new: Document) -> Iterator[str]:
+        """Set those settings of the server that may change, and yield a line for each that has."""
+        values = _values(self._live_settings, new)
+        changed = {name: value for name, value in values.items() if value != self._options[name]}
+        self._options = values
+        self._change_options(**changed)
+        for setting in self._live_settings:
+            if setting.name in changed:
+                shown = changed[setting.name] if setting.key in new.server else "the default"
+                yield f"{new.path}: [server]: {setting.key} has been set: {shown}"
+
     def _differences(self, new: Document) -> Iterator[str]:
-        """What differs but for the parameters of units."""
-        old = self._document
-        for key in sorted({*old.server, *new.server}):
+        """Lines about what differs but is not set, except parameters of units."""
+        old, live = self._document, {setting.key for setting in self._live_settings}
+        for key in sorted({*old.server, *new.server} - live):
             if old.server.get(key) != new.server.get(key):
-                yield f"{new.path}: [server]: {key}"
+                why = _NOT_USED if key in self._shadowed else _NEEDS_RESTART
+                yield f"{new.path}: [server]: {key} {why}"
         if old.listen != new.listen:
-            yield f"{new.path}: [[listen]]"
+            yield f"{new.path}: [[listen]] {_NEEDS_RESTART}"
         if self._names(new) != self._names(old):
-            yield f"{new.path}: the choice of plugin and filters"
+            yield f"{new.path}: the choice of plugin and filters {_NEEDS_RESTART}"
 
     def _names(self, document: Document) -> list[str]:
         return [table.name for table in (*document.filters, *([document.plugin] if document.plugin else []))]
@@ -89,6 +120,12 @@ class Reloader:
     def _tables(self, document: Document) -> Iterator[tuple[Backend, UnitTable]]:
         plugin = document.plugin if self._uses_plugin and document.plugin else UnitTable("", document.path)
         return tables_of(self._stack, (*document.filters, plugin))
+
+
+def _values(settings: Sequence[Setting], document: Document) -> dict[str, object]:
+    """The values of `settings`, fields of ServerOptions, as `document` gives them."""
+    defaults = ServerOptions()
+    return {each.name: document.values.get(each.name, getattr(defaults, each.name)) for each in settings}
 
 
 def _live(layer: Backend) -> frozenset[str]:

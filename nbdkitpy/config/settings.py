@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nbdkitpy import log
 from nbdkitpy.config.words import Assignment, DebugFlag, parse_debug_flag
 from nbdkitpy.exceptions import ConfigError
-from nbdkitpy.parameters import choice, integer, parse_bool, parse_delay, parse_filename, parse_path, parse_string
+from nbdkitpy.parameters import (
+    choice,
+    integer,
+    parse_bool,
+    parse_delay,
+    parse_filename,
+    parse_path,
+    parse_size,
+    parse_string,
+)
 from nbdkitpy.protocol.constants import TlsMode
 from nbdkitpy.server.options import AddressFamily, Endpoint, ServerOptions, Transport
 
@@ -20,6 +29,7 @@ __all__ = ["LISTENING", "SETTINGS", "ServerConfig", "Setting", "endpoints", "ser
 
 _MAX_THREADS = 1 << 16
 _MAX_WORKERS = 1 << 10
+_MAX_COUNT = (1 << 32) - 1
 
 
 class ServerConfig(NamedTuple):
@@ -46,6 +56,7 @@ class ServerConfig(NamedTuple):
     swap: bool = False
     selinux_label: str | None = None
     file: Document | None = None  #: of --config
+    by_command_line: frozenset[str] = frozenset()  #: names of settings that the command line has given
 
 
 class Setting(NamedTuple):
@@ -60,6 +71,7 @@ class Setting(NamedTuple):
     key: str = ""  #: its name in the file's table [server]; "" if it is not for that
     kinds: tuple[type, ...] = (str,)  #: of values in the file
     many: bool = False  #: may be given several times
+    live: bool = False  #: a field of ServerOptions that may change while clients are served
 
     @property
     def is_switch(self) -> bool:
@@ -91,6 +103,7 @@ def _tls_mode(text: str) -> TlsMode:
 _TLS_MODES = {"require": TlsMode.REQUIRE, "required": TlsMode.REQUIRE, "force": TlsMode.REQUIRE}
 
 _TIME = (str, int, float)
+_SIZE = (str, int)
 
 #: Settings that say where to listen. A file has its tables [[listen]] for that.
 LISTENING = frozenset({"address", "address_family", "port", "unix", "vsock"})
@@ -260,6 +273,73 @@ SETTINGS = (
         "Have the system find out about TCP clients that have vanished.",
         key="keepalive",
     ),
+    # Limits.
+    Setting(
+        "max_connections",
+        ("--max-connections",),
+        "Clients that may be connected at once, 0 for any number.  [default: 1000]",
+        metavar="N",
+        parse=integer(0, _MAX_COUNT),
+        key="max-connections",
+        kinds=(int,),
+        live=True,
+    ),
+    Setting(
+        "max_connections_per_source",
+        ("--max-connections-per-source",),
+        "The same for those of one address, or one user of a Unix socket.  [default: 0]",
+        metavar="N",
+        parse=integer(0, _MAX_COUNT),
+        key="max-connections-per-source",
+        kinds=(int,),
+        live=True,
+    ),
+    Setting(
+        "max_handshakes",
+        ("--max-handshakes",),
+        "Unfinished handshakes, past which the oldest is closed; 0 for any number.  [default: 1000]",
+        metavar="N",
+        parse=integer(0, _MAX_COUNT),
+        key="max-handshakes",
+        kinds=(int,),
+        live=True,
+    ),
+    Setting(
+        "max_options",
+        ("--max-options",),
+        "Options that a client may send in one handshake.  [default: 32]",
+        metavar="N",
+        parse=integer(1, _MAX_COUNT),
+        key="max-options",
+        kinds=(int,),
+    ),
+    Setting(
+        "max_buffered",
+        ("--max-buffered",),
+        "Memory for payloads and replies of all clients, 0 for no limit.  [default: 512M]",
+        metavar="SIZE",
+        parse=parse_size,
+        key="max-buffered",
+        kinds=_SIZE,
+    ),
+    Setting(
+        "max_buffered_per_connection",
+        ("--max-buffered-per-connection",),
+        "The same for one client.  [default: 128M]",
+        metavar="SIZE",
+        parse=parse_size,
+        key="max-buffered-per-connection",
+        kinds=_SIZE,
+    ),
+    Setting(
+        "stall_timeout",
+        ("--stall-timeout",),
+        "Time after which a client that keeps memory others wait for is disconnected, 0 for never.  [default: 30s]",
+        metavar="TIME",
+        parse=parse_delay,
+        key="stall-timeout",
+        kinds=_TIME,
+    ),
     Setting(
         "run",
         ("--run",),
@@ -337,6 +417,7 @@ def server_config(
     listen: Sequence[Endpoint] = (),
     fds: Sequence[int] = (),
     file: Document | None = None,
+    by_command_line: Iterable[str] = (),
 ) -> ServerConfig:
     """Make the whole configuration.
 
@@ -349,6 +430,7 @@ def server_config(
         listen: What the file has us listen on.
         fds: Sockets from a service manager. Nothing else is listened on.
         file: What was read.
+        by_command_line: Names of those values that the command line gives.
 
     Raises:
         ConfigError: settings that exclude each other.
@@ -367,6 +449,7 @@ def server_config(
         server=ServerOptions(endpoints=endpoints(values, listen, fds), **_of(ServerOptions, values)),
         background=not (own_terminal or fds),
         file=file,
+        by_command_line=frozenset(by_command_line),
         **_of(ServerConfig, values),
     )
 

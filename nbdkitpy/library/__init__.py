@@ -65,7 +65,13 @@ def serve(
     handshake_timeout: float | None = None,
     idle_timeout: float | None = None,
     drain: float | None = None,
+    max_connections: int | None = None,
+    max_connections_per_source: int | None = None,
     max_handshakes: int | None = None,
+    max_options: int | None = None,
+    max_buffered: int | str | None = None,
+    max_buffered_per_connection: int | str | None = None,
+    stall_timeout: float | None = None,
     keepalive: bool | None = None,
     tls: Literal["off", "on", "require"] | None = None,
     tls_certificates: str | os.PathLike[str] | None = None,
@@ -93,7 +99,13 @@ def serve(
         handshake_timeout: Seconds for a client's handshake, 0 for no limit; 10.
         idle_timeout: Seconds after which a client that asks for nothing is disconnected, 0 for never; 0.
         drain: Seconds for clients to take their replies at the end; 5.
-        max_handshakes: Unfinished handshakes at once; 1000.
+        max_connections: Clients at once, 0 for any number; 1000.
+        max_connections_per_source: Those of one address, or of one user of a Unix socket, 0 for any number; 0.
+        max_handshakes: Unfinished handshakes at once, 0 for any number; 1000.
+        max_options: Options of one handshake; 32.
+        max_buffered: Bytes for payloads and replies of all clients, or a size such as "512M", 0 for no limit; 512 MiB.
+        max_buffered_per_connection: The same for one client; 128 MiB.
+        stall_timeout: Seconds that a client may keep memory which others wait for, 0 for ever; 30.
         keepalive: Have the system find out about TCP clients that have vanished.
         tls: Whether clients may use TLS, or have to; "on" if there are certificates or keys, which are not looked for
             elsewhere than here.
@@ -109,7 +121,13 @@ def serve(
         "handshake_timeout": handshake_timeout,
         "idle_timeout": idle_timeout,
         "drain": drain,
+        "max_connections": max_connections,
+        "max_connections_per_source": max_connections_per_source,
         "max_handshakes": max_handshakes,
+        "max_options": max_options,
+        "max_buffered": max_buffered,
+        "max_buffered_per_connection": max_buffered_per_connection,
+        "stall_timeout": stall_timeout,
         "keepalive": keepalive,
         "tls": tls,
         "tls_certificates": tls_certificates,

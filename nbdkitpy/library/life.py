@@ -16,7 +16,7 @@ from nbdkitpy.config.units import Configured, Given, UnitTable, configure
 from nbdkitpy.config.words import Assignment, as_text
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.library import Parameters, Request
-from nbdkitpy.parameters import integer, parse_path
+from nbdkitpy.parameters import parse_path
 from nbdkitpy.protocol.constants import TlsMode
 from nbdkitpy.registry import Registry
 from nbdkitpy.server.embedded import Embedded
@@ -28,8 +28,8 @@ __all__ = ["live"]
 
 B = TypeVar("B", bound=Backend)
 
-#: How values of options are read that the command line does not have, or for which it has a word more.
-_OWN_PARSERS: Mapping[str, Callable[[str], object]] = {"max_handshakes": integer(1, (1 << 31) - 1), "unix": parse_path}
+#: How values of options are read for which the command line has a word more.
+_OWN_PARSERS: Mapping[str, Callable[[str], object]] = {"unix": parse_path}
 
 
 def live(request: Request, started: Callable[[Embedded, Stack], None]) -> None:

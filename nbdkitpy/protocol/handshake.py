@@ -61,7 +61,8 @@ __all__ = [
 #: An option with more data than so many bytes ends the connection.
 MAX_OPTION_DATA = 1 << 20
 
-#: So many options may be sent, and so many more for each export that was listed, as in nbdkit.
+#: So many options may be sent, unless the driver says otherwise, and so many more for each export that was listed, as
+#: in nbdkit.
 MAX_OPTIONS = 32
 
 #: Data is kept until the option is complete, up to so many bytes: what the longest well-formed GO has. More than this,
@@ -169,6 +170,7 @@ class Handshake:
         "_extended_headers",
         "_length",
         "_listed",
+        "_max_options",
         "_offered",
         "_opening",
         "_option",
@@ -192,6 +194,7 @@ class Handshake:
         structured_replies: bool = True,
         meta_contexts: bool = True,
         tls: TlsMode = TlsMode.OFF,
+        max_options: int = MAX_OPTIONS,
     ) -> None:
         """Begin with the greeting.
 
@@ -200,6 +203,7 @@ class Handshake:
             structured_replies: whether STRUCTURED_REPLY and EXTENDED_HEADERS are options that we know.
             meta_contexts: whether LIST_META_CONTEXT and SET_META_CONTEXT are.
             tls: whether STARTTLS is granted, and whether there is anything else before it.
+            max_options: so many may be sent, and so many more for each export that was listed; at least 1.
         """
         # Numbers that a client made up are never turned into enum.IntFlag, which remembers each value that it has seen.
         self._offered = int(handshake_flags)
@@ -209,6 +213,7 @@ class Handshake:
             self._withheld |= _CHUNKED_REPLIES
         if not meta_contexts:
             self._withheld |= _META_CONTEXTS
+        self._max_options = max_options
         self._tls_mode = tls
         self._tls = False  # it is up
         self.shutting_down = False
@@ -233,7 +238,7 @@ class Handshake:
         """Begin anew with what is agreed on by options."""
         self._requested = frozenset()
         self._opening = None
-        self._options_left = MAX_OPTIONS
+        self._options_left = self._max_options
         self._listed = False
         self._structured_replies = False
         self._extended_headers = False
@@ -311,7 +316,7 @@ class Handshake:
         self._output += b"".join(replies)
         self._reply(OptionReply.ACK)
         if not self._listed:  # each may be asked about, but one cannot haggle for ever by listing
-            self._options_left += MAX_OPTIONS * len(replies)
+            self._options_left += self._max_options * len(replies)
             self._listed = True
 
     def list_refused(self, reply: OptionReply, message: str) -> None:

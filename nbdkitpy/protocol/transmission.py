@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from nbdkitpy.protocol.buffers import page_aligned
 from nbdkitpy.protocol.constants import (
@@ -27,7 +27,7 @@ from nbdkitpy.protocol.constants import (
 from nbdkitpy.protocol.errors import RemoteProtocolError
 from nbdkitpy.protocol.messages import COMPACT_REQUEST, EXTENDED_HEADER
 
-__all__ = ["MAX_PAYLOAD", "Refusal", "Request", "Transmission"]
+__all__ = ["MAX_PAYLOAD", "Refusal", "Request", "Room", "Transmission"]
 
 #: The most data in one READ or WRITE, as in nbdkit ("Block size constraints" asks for 32 MiB at least).
 MAX_PAYLOAD = 64 << 20
@@ -77,6 +77,45 @@ class Refusal(NamedTuple):
     message: str
 
 
+class Room(Protocol):
+    """Memory for payloads that have a buffer of their own, which may be kept for the next one."""
+
+    def claim(self, size: int) -> None:
+        """Have the payload that arrives take `size` bytes. May wait; what it raises ends the connection."""
+
+    def keep(self, buffer: memoryview) -> None:
+        """Keep `buffer`, whose payload is done with, as long as the memory is not needed elsewhere."""
+
+    def kept(self, size: int) -> memoryview | None:
+        """Return what was kept if it has `size` bytes or more. It is not kept any more in any case."""
+
+    def drop(self) -> None:
+        """Keep nothing, and have a payload that has begun to arrive take nothing for now."""
+
+
+class _Endless:
+    """Room without limit."""
+
+    def __init__(self) -> None:
+        self._kept: memoryview | None = None
+
+    def claim(self, size: int) -> None:
+        """Do nothing."""
+
+    def keep(self, buffer: memoryview) -> None:
+        """Keep a buffer."""
+        self._kept = buffer
+
+    def kept(self, size: int) -> memoryview | None:
+        """Return it."""
+        buffer, self._kept = self._kept, None
+        return buffer if buffer is not None and len(buffer) >= size else None
+
+    def drop(self) -> None:
+        """Forget it."""
+        self._kept = None
+
+
 class _Rule(NamedTuple):
     """What a command must keep to."""
 
@@ -124,6 +163,7 @@ class Transmission:
         structured: Whether structured replies were negotiated.
         extended: Whether extended headers were.
         contexts: Whether base:allocation was selected.
+        room: For large payloads; None is without limit.
     """
 
     def __init__(
@@ -136,6 +176,7 @@ class Transmission:
         structured: bool = False,
         extended: bool = False,
         contexts: bool = False,
+        room: Room | None = None,
     ) -> None:
         # What was agreed.
         self._size = size
@@ -172,6 +213,7 @@ class Transmission:
         self._landed = 0
         self._own_buffer = _NO_BUFFER
         self._has_landed = False  # the last one did
+        self._room = room or _Endless()  # where that buffer is in the meantime
 
         # A payload that is skipped: bytes left, and the answer when it is gone.
         self._skipping = 0
@@ -196,6 +238,8 @@ class Transmission:
             self._start = self._end = 0
             if self._needed <= size >= self._wanted:
                 return self._first_view()
+        if self._has_landed:
+            self._keep_own()
         self._wanted = max(self._wanted, 1 << (self._needed - 1).bit_length())
         if self._wanted > size:
             self._replace_buffer()
@@ -208,8 +252,8 @@ class Transmission:
     def _first_view(self) -> memoryview:
         if not self._has_landed:
             return self._view
+        self._keep_own()
         # The next request may be of the same kind: without its payload here, which would have to be copied from here.
-        self._has_landed = False
         return self._view[: self._header.size]
 
     def received(self, count: int) -> list[Request]:
@@ -233,6 +277,11 @@ class Transmission:
             room[:count] = left[:count]
             left = left[count:]
             yield self.received(count)
+
+    @property
+    def landing(self) -> Request | None:
+        """The request whose payload, a large one, has begun to arrive, and of which the client has to send more."""
+        return self._landing
 
     @property
     def at_boundary(self) -> bool:
@@ -260,8 +309,11 @@ class Transmission:
         self._has_landed = False
         if self._landing is None:
             self._own_buffer = _NO_BUFFER
+            self._room.drop()
         elif len(self._own_buffer) > self._own_limit():  # from a larger payload before this one
             self._own_buffer = self._copied(self._own_buffer[: self._landed], self._own_limit())
+            if len(self._own_buffer) == _LARGE_BUFFER:
+                self._room.drop()
         if self._end - self._start < _SMALL_BUFFER < len(self._view):
             self._wanted = _SMALL_BUFFER
             self._replace_buffer()
@@ -289,8 +341,17 @@ class Transmission:
         assert self._landing is not None  # our own doing, not the client's
         length = self._landing.length
         if self._landed == len(self._own_buffer):
-            self._own_buffer = self._copied(self._own_buffer, min(length, self._own_limit()))
+            size = min(length, self._own_limit())
+            if size > _LARGE_BUFFER:
+                self._room.claim(length)  # all of it: who had a part would wait for others who have one
+            self._own_buffer = self._copied(self._own_buffer, size)
         return self._own_buffer[self._landed : length]
+
+    def _keep_own(self) -> None:
+        self._has_landed = False
+        if len(self._own_buffer):
+            self._room.keep(self._own_buffer)
+            self._own_buffer = _NO_BUFFER
 
     def _own_limit(self) -> int:
         # It grows with what arrives, not with what is announced: 28 bytes must not buy megabytes.
@@ -377,6 +438,7 @@ class Transmission:
             self._needed = self._header.size + request.length  # comes to lie behind its header
             return
         arrived = self._view[body : self._end]
+        self._own_buffer = self._room.kept(request.length) or _NO_BUFFER
         if len(self._own_buffer) < len(arrived):
             self._own_buffer = page_aligned(_LARGE_BUFFER)
         self._own_buffer[: len(arrived)] = arrived

@@ -22,13 +22,15 @@ class Kind(enum.IntEnum):
     RELOAD = 2  #: with a file that says which live parameters have changed
     STOP = 3  #: the shutdown begins
     ABORT = 4  #: end at once
+    DROP = 5  #: with the number of a client, which has to give way to another one
 
     # From a worker.
-    READY = 5  #: clients may come
-    LEFT = 6  #: one client fewer is there
-    DONE = 7  #: no client is there any more, and the layers are being told of the end
-    FINISH = 8  #: a layer asks the server to finish
-    SHUTDOWN = 9  #: a layer asks the server to shut down
+    READY = 6  #: clients may come
+    ESTABLISHED = 7  #: with the number of a client, which has finished the handshake
+    LEFT = 8  #: with the number of a client, which has gone
+    DONE = 9  #: no client is there any more, and the layers are being told of the end
+    FINISH = 10  #: a layer asks the server to finish
+    SHUTDOWN = 11  #: a layer asks the server to shut down
 
 
 class Message(NamedTuple):

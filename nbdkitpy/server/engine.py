@@ -17,20 +17,20 @@ from nbdkitpy.extents import MAX_EXTENTS
 from nbdkitpy.protocol.constants import Command, CommandFlag, NbdError
 from nbdkitpy.protocol.errors import RemoteProtocolError
 from nbdkitpy.protocol.replies import Replies
-from nbdkitpy.protocol.transmission import MAX_PAYLOAD, Request, Transmission
+from nbdkitpy.protocol.transmission import Request, Transmission
 from nbdkitpy.server.batch import FULL, Batch
+from nbdkitpy.server.budget import Budget, CancelledError
 from nbdkitpy.server.checks import checked_data
 from nbdkitpy.server.commands import VERBS, Commands
 from nbdkitpy.server.reads import Reads
-from nbdkitpy.server.sender import Budget, Sender
+from nbdkitpy.server.sender import Sender
 from nbdkitpy.server.transport import Stream
 from nbdkitpy.server.workers import Pace, Workers
 from nbdkitpy.stack import OpenExport
 
 __all__ = ["Engine"]
 
-#: Bytes that requests in the hands of workers may hold, and what one counts for beyond its data.
-_IN_HAND = MAX_PAYLOAD
+#: What a request in the hands of workers counts for beyond its data.
 _REQUEST_COST = 64 << 10
 
 #: Bytes of the longest reply to a BLOCK_STATUS.
@@ -45,6 +45,7 @@ _REFUSALS_LOGGED = 10
 # Plain numbers: operations on members of an enum take many times as long.
 _READ = int(Command.READ)
 _WRITE = int(Command.WRITE)
+_BLOCK_STATUS = int(Command.BLOCK_STATUS)
 _WIRE_FUA = int(CommandFlag.FUA)
 
 #: What moves bytes within memory, mostly, is taken as quick until it is not; the rest has to show that it is.
@@ -63,6 +64,7 @@ class Engine:
         lock: Held during each call into the export, if not None.
         log: Where errors go.
         name: Of the connection, for logs and threads.
+        budget: What payloads and replies are counted by. Nothing else is while the engine runs.
         idle_timeout: Seconds without a request after which the client is left; 0 is for ever.
     """
 
@@ -77,6 +79,7 @@ class Engine:
         lock: threading.Lock | None,
         log: logging.Logger,
         name: str,
+        budget: Budget,
         idle_timeout: float = 0.0,
     ) -> None:
         self._transport = transport
@@ -100,14 +103,17 @@ class Engine:
         self._postponed: list[Request] = []  # what has been put aside
 
         # Replies on their way out.
-        self._budget = Budget(_IN_HAND)
-        self._sender = Sender(transport, self._budget)
+        self._budget = budget
+        self._was_landing: Request | None = None  # when others began to wait; the same of the next
+        self._was_full = False
+        self._sender = Sender(transport, budget)
         self._batch = Batch(self._sender)
         self._reads = Reads(
             handle,
             self._commands,
             replies,
             self._batch,
+            budget,
             locked=lock is not None,
             alone=self._alone,
             pace=self._paces[_READ],
@@ -126,6 +132,7 @@ class Engine:
         receive_into, receive_soon = self._transport.receive_into, self._transport.receive_soon
         patience = min(_QUIET, self._idle_timeout or _QUIET)
         self._transport.set_patience(patience)
+        self._budget.others_wait, self._budget.before_waiting = self._others_wait, self._prepare_to_wait
         try:
             for requests in transmission.feed(received):
                 self._serve(requests)
@@ -145,10 +152,11 @@ class Engine:
                 requests = transmission.received(count)
                 self._serve(requests)
                 receive = receive_soon if len(requests) < 2 else receive_into
+                del requests  # or else their payloads would be held while we wait for the next
         finally:
             self._is_at_end = True
             self._look_out()
-            self._budget.wait_until_unused()
+            self._budget.finish()
             self._workers.stop()
             del self._workers  # which refer to us: buffers of megabytes would wait for the garbage collector
             self._settle_postponed()
@@ -166,6 +174,26 @@ class Engine:
     def refuse(self) -> None:
         """Refuse what the client still asks for. From any thread."""
         self._transmission.refuse_all()
+
+    @property
+    def waits_for_client(self) -> bool:
+        """Whether it is, and was when others began to wait, for the client to take replies or to send a payload."""
+        if self._was_full and self._is_full():
+            return True
+        landing = self._transmission.landing
+        return landing is not None and landing is self._was_landing and not self._budget.is_waiting
+
+    def _is_full(self) -> bool:
+        return self._sender.is_sending and self._transport.is_full()
+
+    def _others_wait(self) -> None:
+        """Take note of how things are when others begin to wait for memory. From any thread."""
+        self._was_landing, self._was_full = self._transmission.landing, self._is_full()
+
+    def _prepare_to_wait(self) -> None:
+        """Send the replies that are ready."""
+        self._reads.send_run()
+        self._batch.send()
 
     def _is_idle(self, seconds: float) -> bool:
         """Whether the client, quiet for so long, is to be left. One whose requests are at work is not quiet."""
@@ -222,6 +250,8 @@ class Engine:
                     self._dispatch(request)
                 elif not reads.at_once(request):
                     self._have_done(request)
+            except CancelledError:
+                raise
             except BaseException as error:
                 batch.append([self._commands.failure(request, error)])
         if reads.run:
@@ -250,7 +280,7 @@ class Engine:
         verb, command = VERBS[request.command], request.command
         durable = request.flags & _WIRE_FUA
         if verb in self._inline and not (durable and "flush" not in self._inline):
-            self._batch.append(self._commands.perform(request))
+            self._answer(request, self._commands.perform(request))
         else:
             self._schedule(request, self._paces[Command.FLUSH if durable else command])
 
@@ -262,11 +292,20 @@ class Engine:
             self._batch.send()  # replies do not wait for what comes after them
             self._look_out()
         if self._is_left:
-            self._postponed.append(self._kept(request))
+            self._put_aside(request)
             return
-        self._batch.append(self._timed(request, pace))
+        self._answer(request, self._timed(request, pace))
         if not pace.quick:
             self._look_out()
+
+    def _answer(self, request: Request, pieces: list[Buffer]) -> None:
+        """Have a reply sent: of those that are no data only that to BLOCK_STATUS can be large."""
+        size = sum(map(len, pieces)) if request.command == _BLOCK_STATUS else 0
+        if size < FULL:
+            self._batch.append(pieces)
+            return
+        with self._budget.holding(size):
+            self._batch.append(pieces)  # which sends it
 
     def _have_done(self, request: Request) -> None:
         """Have a read done that has to wait."""
@@ -277,18 +316,23 @@ class Engine:
 
     def _hand_over(self, request: Request) -> None:
         """Give a request to the workers, when there is room for one more."""
-        request = self._kept(request)
         if self._is_left:
-            self._postponed.append(request)
+            self._put_aside(request)
             return
-        self._budget.take(_cost(request))
+        if request.command == _READ and self._budget.is_cancelled:
+            return  # there is nobody to take it
+        has_payload = False
+        if request.payload:
+            kept = self._transmission.keep_payload(request.payload)
+            has_payload = kept is request.payload
+            request = request._replace(payload=kept)
+        self._budget.take(_cost(request), has_payload=has_payload)
         self._workers.put(request)
 
-    def _kept(self, request: Request) -> Request:
-        """Return a request that stays valid when more are received."""
-        if not request.payload:
-            return request
-        return request._replace(payload=self._transmission.keep_payload(request.payload))
+    def _put_aside(self, request: Request) -> None:
+        if request.payload:
+            request = request._replace(payload=self._transmission.keep_payload(request.payload))
+        self._postponed.append(request)
 
     def _work_on(self, request: Request) -> None:
         """What a worker does with one request."""
@@ -304,7 +348,12 @@ class Engine:
         except BaseException as error:  # not even a reply could be made of it, for want of memory perhaps
             self._transport.abort()
             self._log.error("%s: %s", self._name, describe(error))
-        self._sender.post(pieces, _cost(request))
+        cost = _cost(request)
+        if request.command == _BLOCK_STATUS:  # whose reply is seldom as long as it could be
+            less = min(cost, _REQUEST_COST + sum(map(len, pieces)))
+            self._budget.give(cost - less)
+            cost = less
+        self._sender.post(pieces, cost)
 
     def _timed(self, request: Request, pace: Pace) -> list[Buffer]:
         begin = time.perf_counter()

@@ -10,7 +10,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbdkitpy.backend import SharedCount
 from nbdkitpy.protocol.constants import TlsMode
@@ -134,6 +134,10 @@ class Front:
     def start_workers(self, live: Callable[[Callable[[Stack], bool]], int]) -> bool:
         """Start the processes that serve in place of this one, if there are to be any; tell whether there are."""
         return False
+
+    def change_options(self, **changes: Any) -> None:
+        """Set limits anew, for clients that come from now on; between two clients."""
+        self.options = self.options._replace(**changes)
 
     def reloaded(self, stack: Stack) -> None:
         """Take note that live parameters of `stack`, or the log, have been read anew; between two clients."""

@@ -14,7 +14,7 @@ import shlex
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from nbdkitpy import log
 from nbdkitpy.backend import ServerControl
@@ -85,6 +85,9 @@ class Servable(ServerControl, Protocol):
 
     def reloaded(self, stack: Stack) -> None:
         """Take note that live parameters of `stack`, or the log, have been read anew; while it serves."""
+
+    def change_options(self, **changes: Any) -> None:
+        """Set fields of ServerOptions that may change while it serves; they hold for clients that come."""
 
     def abort(self) -> None:
         """End at once."""

@@ -154,7 +154,7 @@ def _listen_unix(path: str | None, umask: int | None) -> Listener:
         os.fchmod(sock.fileno(), _SOCKET_MODE)
         with _umask(umask):
             sock.bind(path)
-        sock.listen()
+        sock.listen(socket.SOMAXCONN)
     except OSError as error:
         sock.close()
         if directory is not None:
@@ -199,7 +199,7 @@ def _listen_vsock(port: str) -> Listener:
     try:
         any_port = getattr(socket, "VMADDR_PORT_ANY", 0xFFFFFFFF)
         sock.bind((socket.VMADDR_CID_ANY, number or any_port))
-        sock.listen()
+        sock.listen(socket.SOMAXCONN)
     except OSError as error:
         sock.close()
         raise _cannot_listen(f"vsock port {port}", error) from None
@@ -272,7 +272,7 @@ def _bind(family: int, address: tuple[str, int], host: str) -> Listener:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind(address)
-        sock.listen()
+        sock.listen(socket.SOMAXCONN)
     except BaseException:
         sock.close()
         raise

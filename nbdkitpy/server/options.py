@@ -6,6 +6,7 @@ import enum
 from typing import NamedTuple
 
 from nbdkitpy.protocol.constants import DEFAULT_PORT, HandshakeFlag, TlsMode
+from nbdkitpy.protocol.handshake import MAX_OPTIONS
 
 __all__ = ["AddressFamily", "Endpoint", "ServerOptions", "Transport"]
 
@@ -54,7 +55,13 @@ class ServerOptions(NamedTuple):
     handshake_timeout: float = 10.0  #: seconds that a client has for the whole handshake; 0 is for ever
     idle_timeout: float = 0.0  #: seconds without a request after which a client is disconnected; 0 is for ever
     keepalive: bool = False  #: have the system find out whether TCP clients are still there
+    max_connections: int = 1000  #: so many clients at once; 0 is any number, here and below
+    max_connections_per_source: int = 0  #: so many of one address, or of one user of a Unix socket
     max_handshakes: int = 1000  #: so many unfinished handshakes are kept; past that the oldest is closed
+    max_options: int = MAX_OPTIONS  #: of one handshake; at least 1
+    max_buffered: int = 512 << 20  #: bytes of payloads and replies that a process holds for all of its clients
+    max_buffered_per_connection: int = 128 << 20  #: and for one of them
+    stall_timeout: float = 30.0  #: seconds that a client may keep what others wait for; 0 is for ever
     tls: TlsMode | None = None  #: None is on if there is what it takes
     tls_certificates: str | None = None  #: absolute path of the directory with certificates and keys
     tls_psk: str | None = None  #: absolute path of a file of pre-shared keys, which are used in place of certificates

@@ -10,10 +10,12 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 from nbdkitpy.backend import Client, SharedCount
 from nbdkitpy.server import linux
 from nbdkitpy.server.channel import Channel, Kind
+from nbdkitpy.server.connections import Connections
 from nbdkitpy.server.failures import GivenUp, Reported, report
 from nbdkitpy.server.forking import (
     check_threads,
@@ -26,7 +28,7 @@ from nbdkitpy.server.forking import (
 from nbdkitpy.server.front import Front, described_clients
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.process_count import ProcessCount
-from nbdkitpy.server.service import GRACE
+from nbdkitpy.server.service import GRACE, LEAVING
 from nbdkitpy.server.session import admit
 from nbdkitpy.server.transport import describe_client
 from nbdkitpy.server.worker import Worker, pack_reload, settle
@@ -49,7 +51,7 @@ class _Process:
     pid: int
     channel: Channel
     begun: float
-    clients: int = 0
+    clients: set[int] = dataclasses.field(default_factory=set)  #: their numbers
     is_ready: bool = False
     is_done: bool = False  #: has no clients any more, and will end
     is_buried: bool = False  #: has ended, and nothing is left of it
@@ -72,6 +74,7 @@ class Pool(Front):
         self._processes: dict[int, _Process] = {}  # by number
         self._due: dict[int, float] = {}  # numbers of those to be begun, and when
         self._latest = 0  # number of the one that was given the last client
+        self._connections: Connections[int] = Connections()
         self._counts: list[ProcessCount] = []
         self._is_starting = True
         self._is_ending = False
@@ -179,6 +182,9 @@ class Pool(Front):
     # --- clients ---
 
     def _has_room(self) -> bool:
+        most = self.options.max_connections
+        if most and self._connected() >= most + LEAVING:
+            return False
         return any(process.is_ready and process.channel.has_room() for process in self._processes.values())
 
     def _take(self, sock: socket.socket, number: int, stack: Stack) -> bool:
@@ -188,8 +194,16 @@ class Pool(Front):
             except OSError as error:  # gone before it could be looked at
                 self._log.info("connection %d: %s", number, error)
                 return True
-            if self._admits(client, stack):
+            refusal = self._connections.refusal(client, self.options)
+            if refusal is not None:
+                self._catch_up()
+                refusal = self._connections.refusal(client, self.options)
+            if refusal is not None:
+                self._complain("%s: %s is disconnected", refusal, client)
+            elif self._admits(client, stack):
+                self._connections.enter(number, client)
                 self._hand_over(sock, number)
+                self._make_room()
         return True
 
     def _admits(self, client: Client, stack: Stack) -> bool:
@@ -205,47 +219,85 @@ class Pool(Front):
                 process.channel.send(Kind.CLIENT, number, sock.fileno())
             except OSError:  # it was killed just now, or does not do anything
                 continue
-            process.clients += 1
+            process.clients.add(number)
             self._latest = process.number
             return
+        self._connections.leave(number)
         self._complain("connection %d: no worker can take it", number)
+
+    def _make_room(self) -> None:
+        """Disconnect who has to give way to the newcomer."""
+        if self._connections.is_crowded(self.options):
+            self._catch_up()
+        displaced = self._connections.displaced(self.options)
+        if displaced is not None:
+            number, why = displaced
+            self._complain("%s: connection %d", why, number)
+            for process in self._processes.values():
+                if number in process.clients:
+                    self._tell(process, Kind.DROP, number)
 
     def _by_load(self) -> list[_Process]:
         """Workers that can serve, the one with the fewest clients first; among equals they take turns."""
         ready = [process for process in self._processes.values() if process.is_ready]
         turn = self._latest + 1
-        return sorted(ready, key=lambda each: (each.clients, (each.number - turn) % (self.options.workers + 1)))
+        return sorted(ready, key=lambda each: (len(each.clients), (each.number - turn) % (self.options.workers + 1)))
 
     def _connected(self) -> int:
-        return sum(process.clients for process in self._processes.values())
+        return sum(len(process.clients) for process in self._processes.values())
 
     # --- what workers say, and what becomes of them ---
 
+    def _catch_up(self) -> None:
+        """Hear what workers have said so far: who has left, or finished the handshake, is in nobody's way."""
+        for process in list(self._processes.values()):
+            while self._has_heard(process):
+                pass
+
     def _hear(self, process: _Process) -> bool:
+        self._has_heard(process)
+        return True
+
+    def _has_heard(self, process: _Process) -> bool:
+        """Do what one message asks for, if there is one; tell whether there may be more."""
         try:
             message = process.channel.receive()
         except BlockingIOError:
-            return True
+            return False
         if message is None:
             self._bury(process)
-        elif message.kind is Kind.LEFT:
-            process.clients -= 1
-        elif message.kind is Kind.READY:
-            process.is_ready = True
-        elif message.kind is Kind.DONE:
-            process.is_done = True
-        elif message.kind is Kind.FINISH:
-            self.finish()
-        else:
-            self.shutdown()
+            return False
+        self._HEARD[message.kind](self, process, message.number)
         return True
+
+    def _is_ready(self, process: _Process, _: int) -> None:
+        process.is_ready = True
+
+    def _is_done(self, process: _Process, _: int) -> None:
+        process.is_done = True
+
+    def _is_established(self, _: _Process, number: int) -> None:
+        self._connections.established(number)
+
+    def _has_left(self, process: _Process, number: int) -> None:
+        process.clients.discard(number)
+        self._connections.leave(number)
+
+    _HEARD: ClassVar[dict[Kind, Callable[[Pool, _Process, int], None]]] = {
+        Kind.READY: _is_ready,
+        Kind.ESTABLISHED: _is_established,
+        Kind.LEFT: _has_left,
+        Kind.DONE: _is_done,
+        Kind.FINISH: lambda pool, *_: pool.finish(),
+        Kind.SHUTDOWN: lambda pool, *_: pool.shutdown(),
+    }
 
     def _bury(self, process: _Process) -> None:
         """Say how a worker has ended, and have another one take its place."""
         status = self._reap(process)
         self._all_well &= status == 0 or not self._is_ending
         if status < 0 or not (self._is_starting or self._is_ending):  # else it has said itself what there is to say
-            how, clients = described_exit(status), described_clients(process.clients)
+            how, clients = described_exit(status), described_clients(len(process.clients))
             self._log.error("%s %s: %s disconnected", process, how, clients)
         if self._replaces:
             now = time.monotonic()
@@ -260,6 +312,8 @@ class Pool(Front):
         del self._processes[process.number]
         for count in self._counts:
             _release(count, process.number)
+        for number in process.clients:
+            self._connections.leave(number)
         return status
 
     @property
@@ -288,7 +342,7 @@ class Pool(Front):
             report("reload of the workers", error)
             return
         for process in self._processes.values():
-            self._tell(process, Kind.RELOAD, fd)
+            self._tell(process, Kind.RELOAD, fd=fd)
         os.close(fd)
 
     # --- the end ---
@@ -317,9 +371,9 @@ class Pool(Front):
         for process in self._processes.values():
             self._tell(process, kind)
 
-    def _tell(self, process: _Process, kind: Kind, fd: int | None = None) -> None:
+    def _tell(self, process: _Process, kind: Kind, number: int = 0, *, fd: int | None = None) -> None:
         try:
-            process.channel.send(kind, 0, fd)
+            process.channel.send(kind, number, fd)
         except BlockingIOError:  # though clients leave room for this
             self._log.error("%s takes no messages", process)
         except OSError:

@@ -13,7 +13,8 @@ from nbdkitpy.backend import Buffer, FileRange, Handle
 from nbdkitpy.extents import Extent
 from nbdkitpy.protocol.replies import Replies
 from nbdkitpy.protocol.transmission import Request
-from nbdkitpy.server.batch import ROOM, Batch
+from nbdkitpy.server.batch import FULL, ROOM, Batch
+from nbdkitpy.server.budget import Budget, CancelledError
 from nbdkitpy.server.checks import checked_data, checked_range
 from nbdkitpy.server.commands import Commands, is_hole
 from nbdkitpy.server.sender import FilePart
@@ -49,6 +50,7 @@ class Reads:
         handle: What is read.
         commands: That has its verbs under lock.
         batch: Where replies go.
+        budget: What large replies are counted by, from before they are there until they are sent.
         locked: Only one call at a time may be made into the handle.
         alone: There are no workers.
         pace: Of reads, measured.
@@ -60,6 +62,7 @@ class Reads:
         commands: Commands,
         replies: Replies,
         batch: Batch,
+        budget: Budget,
         *,
         locked: bool,
         alone: bool,
@@ -68,6 +71,7 @@ class Reads:
         self._commands = commands
         self._replies = replies
         self._batch = batch
+        self._budget = budget
         self._pread = commands.pread
         self._pace = pace
         self._alone = alone
@@ -108,11 +112,14 @@ class Reads:
                 return False
             holes = self._commands.holes(request)
         if holes is not None:
-            return self._pieces(request, holes)
+            if request.length < FULL or self._into is not None:
+                return self._pieces(request, holes)
+            amount = sum(extent.length for extent in holes if not is_hole(extent))
+            return self._held(amount, lambda: self._pieces(request, holes))
         if not self._comes_from_file(request.length):
             return self._whole(request)
         if self.run and (request.offset != self._run_end or self._run_end - self.run[0].offset >= _LONGEST_RUN):
-            self._send_run()
+            self.send_run()
         self.run.append(request)
         self._run_end = request.offset + request.length
         return True
@@ -121,11 +128,28 @@ class Reads:
         _, _, cookie, offset, length, _ = request
         if self.copy is not None:
             return length <= ROOM and self.copy(cookie, offset, length)
+        if length < FULL:
+            return self._read(request)
+        return self._held(length, lambda: self._read(request))
+
+    def _read(self, request: Request) -> bool:
+        _, _, cookie, offset, length, _ = request
         data = self.now(length, offset)
         if data is None:
             return False
         self._batch.append([self._replies.data(cookie, offset, length), checked_data(data, length)])
         return True
+
+    def _held(self, size: int, answer: Callable[[], bool]) -> bool:
+        """Have a read answered, whose data in memory have `size` bytes, within the budget."""
+        if self._budget.is_cancelled:
+            return True  # there is nobody to take it
+        if not (self._inline or self._alone or self._pace.quick):
+            return False
+        with self._budget.holding(size):
+            done = answer()
+            self._batch.send()
+        return done
 
     def _paced(self, count: int, offset: int) -> Buffer | None:
         if not self._pace.quick:
@@ -148,11 +172,12 @@ class Reads:
 
     def finish(self) -> list[Request]:
         """Answer the reads that were put off, and return those of them that have to wait."""
-        self._send_run()
+        self.send_run()
         waiting, self._waiting = self._waiting, []
         return waiting
 
-    def _send_run(self) -> None:
+    def send_run(self) -> None:
+        """Answer the reads that were put off, but for those that have to wait."""
         run, self.run = self.run, []
         where = None
         if len(run) > 1:
@@ -171,6 +196,8 @@ class Reads:
                 self._send_from_file(where, [request])
             elif not self._whole(request):
                 self._waiting.append(request)
+        except CancelledError:
+            raise
         except BaseException as error:
             self._batch.append([self._commands.failure(request, error)])
 

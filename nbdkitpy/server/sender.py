@@ -8,40 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from nbdkitpy.backend import Buffer
+from nbdkitpy.server.budget import Budget
 from nbdkitpy.server.transport import Stream
 
-__all__ = ["Budget", "FilePart", "Sender"]
-
-
-class Budget:
-    """Bytes of work that a connection may have in hand; past the bound, whoever brings more waits."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._used = 0
-        self._changed = threading.Condition()
-
-    def take(self, cost: int) -> None:
-        """Wait until `cost` fits; a cost above the limit fits when there is nothing else."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._used or self._used + cost <= self._limit)
-            self._used += cost
-
-    def give(self, cost: int) -> None:
-        """Give back what :meth:`take` took."""
-        with self._changed:
-            self._used -= cost
-            self._changed.notify_all()
-
-    @property
-    def unused(self) -> bool:
-        """Whether everything has been given back."""
-        return not self._used
-
-    def wait_until_unused(self) -> None:
-        """Wait until everything has been given back."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._used)
+__all__ = ["FilePart", "Sender"]
 
 
 class FilePart(NamedTuple):
@@ -66,6 +36,11 @@ class Sender:
         self._queue: deque[tuple[Sequence[Buffer], int]] = deque()
         #: The client cannot be reached any more: replies are dropped.
         self.broken = False
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether somebody is about to send something, which may have to wait for the client."""
+        return self._lock.locked()
 
     def send(self, pieces: Sequence[Buffer]) -> None:
         """Send whole messages, and then those that are queued. Waits for the client to take them."""
@@ -147,3 +122,4 @@ class Sender:
     def _break(self) -> None:
         self.broken = True
         self._transport.abort()  # so that the thread that receives finds out
+        self._budget.cancel()

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import threading
 import time
 
+from nbdkitpy.backend import Client
+from nbdkitpy.server.budget import Memory
+from nbdkitpy.server.connections import Connections
 from nbdkitpy.server.front import Front
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.session import Session
 from nbdkitpy.server.transport import SocketTransport, describe_client
 from nbdkitpy.stack import Stack
 
-__all__ = ["GRACE", "Server"]
+__all__ = ["GRACE", "LEAVING", "Server"]
 
 #: Seconds that aborted sessions have to end.
 GRACE = 2.0
+
+#: So many that had to give way may not have gone yet; with more, clients wait in the queue of the socket for a moment.
+LEAVING = 100
 
 
 class Server(Front):
@@ -28,19 +35,28 @@ class Server(Front):
         super().__init__(options)
         self._lock = threading.Lock()
         self._sessions: dict[Session, threading.Thread] = {}
-        self._handshakes: dict[Session, float] = {}  # unfinished ones and when they have to end, oldest first
+        self._connections: Connections[Session] = Connections()
+        self._memory = Memory(options.max_buffered, patience=options.stall_timeout, wake=self._wake)
+
+    def _has_room(self) -> bool:
+        # Those that have to give way are not counted, but need a moment to go.
+        most = self.options.max_connections
+        return not most or len(self._sessions) < most + LEAVING
 
     def _take(self, sock: socket.socket, number: int, stack: Stack) -> bool:
         try:
-            transport, client = (
-                SocketTransport(sock, keepalive=self.options.keepalive),
-                describe_client(sock, number),
-            )
+            client = describe_client(sock, number)
+            refusal = self._connections.refusal(client, self.options)
+            if refusal is None:
+                return self._start(SocketTransport(sock, keepalive=self.options.keepalive), client, stack)
+            self._complain("%s: %s is disconnected", refusal, client)
         except OSError as error:  # gone before it could be looked at
             self._log.info("connection %d: %s", number, error)
-            sock.close()
-            self._has_left()
-            return True
+        sock.close()
+        self._has_left(number)
+        return True
+
+    def _start(self, transport: SocketTransport, client: Client, stack: Stack) -> bool:
         session = Session(
             transport,
             client,
@@ -50,28 +66,29 @@ class Server(Front):
             self._established,
             self.tls,
             is_admitted=self._are_admitted,
+            memory=self._memory,
         )
-        return self._start(session, sock)
-
-    def _start(self, session: Session, sock: socket.socket) -> bool:
         thread = threading.Thread(target=self._run, args=(session,), name=session.name, daemon=True)
         with self._lock:
             self._sessions[session] = thread
-            self._handshakes[session] = time.monotonic() + (self.options.handshake_timeout or float("inf"))
-            crowded = len(self._handshakes) > self.options.max_handshakes
-            oldest = next(iter(self._handshakes))
-        if crowded:
-            self._complain("too many unfinished handshakes, the oldest is closed: %s", oldest.name)
-            self._established(oldest)
-            oldest.abort()
+        self._connections.enter(session, client, time.monotonic() + (self.options.handshake_timeout or math.inf))
+        self._make_room()
         try:
             thread.start()
         except (RuntimeError, MemoryError) as error:  # the system has no room for one more
-            sock.close()
+            transport.close()
             self._forget(session)
             self._complain("cannot serve a client: %s", str(error) or "no memory")
             return False
         return True
+
+    def _make_room(self) -> None:
+        """Disconnect who has to give way to the newcomer."""
+        displaced = self._connections.displaced(self.options)
+        if displaced is not None:
+            session, why = displaced
+            self._complain("%s: %s", why, session.name)
+            session.abort()
 
     def _run(self, session: Session) -> None:
         try:
@@ -80,18 +97,17 @@ class Server(Front):
             self._forget(session)
 
     def _forget(self, session: Session) -> None:
+        self._connections.leave(session)
         with self._lock:
-            self._handshakes.pop(session, None)
             self._sessions.pop(session, None)
-        self._has_left()
+        self._has_left(session.number)
 
-    def _has_left(self) -> None:
-        """Take note that one client fewer is there, in its own thread."""
+    def _has_left(self, number: int) -> None:
+        """Take note, in its own thread, that a client has gone."""
         self._wake()  # to report it, or to end
 
     def _established(self, session: Session) -> None:
-        with self._lock:
-            self._handshakes.pop(session, None)
+        self._connections.established(session)
 
     def _connected(self) -> int:
         return len(self._sessions)
@@ -99,25 +115,32 @@ class Server(Front):
     # --- deadlines ---
 
     def _next_deadline(self) -> float:
-        with self._lock:
-            handshake = next(iter(self._handshakes.values()), float("inf"))
-        return min(handshake, super()._next_deadline())
+        return min(self._connections.deadline, self._memory.deadline, super()._next_deadline())
 
     def _do_what_is_due(self) -> None:
-        """End late handshakes."""
+        self._end_late_handshakes()
+        if self._memory.is_short:
+            self._end_stalled()
+
+    def _end_late_handshakes(self) -> None:
         now = time.monotonic()
-        with self._lock:
-            late = [session for session, deadline in self._handshakes.items() if deadline <= now]
-            for session in late:
-                del self._handshakes[session]
-            # Who waits for a backend, or for its turn with one, is not late: the time begins anew.
-            waiting = [session for session in late if session.waits_for_backend]
-            self._handshakes.update(dict.fromkeys(waiting, now + self.options.handshake_timeout))
-        for session in late:
-            if session in waiting:
-                continue
+        # Who waits for a backend, or for its turn with one, is not late: the time begins anew.
+        anew = now + self.options.handshake_timeout
+        for session in self._connections.late(now, lambda session: session.waits_for_backend, anew):
             self._log.error("%s: handshake not finished in time, closed", session.name)
             session.abort()
+
+    def _end_stalled(self) -> None:
+        """Disconnect clients that keep memory for which others wait: as many as it takes, who has most first."""
+        overdue = self._memory.overdue(time.monotonic())
+        sessions = {session.budget: session for session in self._left()} if overdue else {}
+        wanted = self._memory.wanted
+        for budget in overdue:
+            session = sessions.get(budget)
+            if wanted > 0 and session is not None and session.waits_for_client:
+                wanted -= budget.drawn
+                self._log.error("%s: keeps memory that others wait for, and is disconnected", session.name)
+                session.abort()
 
     # --- the end ---
 

@@ -25,7 +25,8 @@ from nbdkitpy.protocol.handshake import (
 )
 from nbdkitpy.protocol.messages import BlockSizeInfo, oldstyle_greeting
 from nbdkitpy.protocol.replies import ExtendedReplies, Replies, SimpleReplies, StructuredReplies
-from nbdkitpy.protocol.transmission import MAX_PAYLOAD, Transmission
+from nbdkitpy.protocol.transmission import MAX_PAYLOAD, Room, Transmission
+from nbdkitpy.server.budget import Budget, Memory
 from nbdkitpy.server.checks import reason
 from nbdkitpy.server.engine import Engine
 from nbdkitpy.server.failures import GivenUp
@@ -51,9 +52,10 @@ class Session:
     Args:
         transport: The connection; the session owns it.
         client: Who is at its other end.
-        established: Called when the handshake is over.
+        established: Called when the handshake is over but for its last message.
         is_admitted: The layers have been asked by :func:`admit` before.
         tls: By which clients may go over to TLS; None if they may not.
+        memory: What the sessions of this process have in common; None if there is one only.
     """
 
     def __init__(
@@ -67,8 +69,10 @@ class Session:
         tls: Tls | None = None,
         *,
         is_admitted: bool = False,
+        memory: Memory | None = None,
     ) -> None:
         self.name = session_name(stack, client)
+        self.number = client.number
         self._connection = transport
         self._tls = tls
         self._transport: Stream = transport  # the connection, or TLS over it
@@ -81,6 +85,8 @@ class Session:
         self._is_admitted = is_admitted
         self._export: Opened | None = None  # what the client has open
         self._engine: Engine | None = None
+        #: What payloads and replies are counted by.
+        self.budget = Budget(options.max_buffered_per_connection, memory or Memory(options.max_buffered))
         self._stopping = False
         #: A backend is being waited for, not the client.
         self.waits_for_backend = False
@@ -105,6 +111,12 @@ class Session:
     def abort(self) -> None:
         """End at once: the connection breaks."""
         self._transport.abort()
+        self.budget.cancel()
+
+    @property
+    def waits_for_client(self) -> bool:
+        """Whether it is for the client to take replies, or to send what it has begun."""
+        return self._transport.is_full() if self._engine is None else self._engine.waits_for_client
 
     # --- in the session's own thread ---
 
@@ -133,6 +145,7 @@ class Session:
             if isinstance(facts, str):
                 self._log.error("%s: %s: the export was not opened: %s", self.name, self._client, facts)
                 return
+            self._established(self)
             self._transport.send([oldstyle_greeting(facts.size, facts.flags)])
         else:
             handshake = Handshake(
@@ -140,12 +153,12 @@ class Session:
                 structured_replies=self._options.structured_replies,
                 meta_contexts=self._options.meta_contexts,
                 tls=TlsMode.OFF if self._tls is None else self._tls.mode,
+                max_options=self._options.max_options,
             )
             if not self._negotiate(handshake):
                 return
             negotiated, received = handshake.negotiated, handshake.take_unprocessed()
             del handshake
-        self._established(self)
         self._transmit(negotiated, received)
 
     # --- handshake ---
@@ -190,7 +203,8 @@ class Session:
         handshake.refusals.clear()
         output = handshake.data_to_send()
         if output:
-            self._transport.send([output])
+            with self.budget.holding(len(output)):
+                self._transport.send([output])
 
     def _start_tls(self) -> None:
         if self._tls is None:  # not reached: the client has been refused
@@ -208,6 +222,8 @@ class Session:
             return
         if event.option is Option.INFO:
             self._close_export()
+        else:
+            self._established(self)  # before the client knows it, so that nobody takes it for one who has not finished
         handshake.export_opened(facts)
 
     def _opened(self, event: OpenExport, negotiated: Negotiated) -> ExportFacts | str:
@@ -261,12 +277,13 @@ class Session:
         self._engine = Engine(
             self._transport,
             export,
-            _transmission(export.capabilities, negotiated),
+            _transmission(export.capabilities, negotiated, self.budget),
             _replies(negotiated),
             threads=0 if serial else self._options.threads,
             lock=self._stack.request_lock,
             log=self._log,
             name=self.name,
+            budget=self.budget,
             idle_timeout=self._options.idle_timeout,
         )
         if self._stopping:
@@ -323,7 +340,7 @@ def _block_size(capabilities: Capabilities) -> BlockSizeInfo:
     return BlockSizeInfo(sizes.minimum, sizes.preferred, min(sizes.maximum, MAX_PAYLOAD))
 
 
-def _transmission(capabilities: Capabilities, negotiated: Negotiated) -> Transmission:
+def _transmission(capabilities: Capabilities, negotiated: Negotiated, room: Room) -> Transmission:
     sizes = _block_size(capabilities)
     return Transmission(
         capabilities.size,
@@ -333,6 +350,7 @@ def _transmission(capabilities: Capabilities, negotiated: Negotiated) -> Transmi
         structured=negotiated.structured_replies,
         extended=negotiated.extended_headers,
         contexts=BASE_ALLOCATION in negotiated.contexts,
+        room=room,
     )
 
 

@@ -14,14 +14,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nbdkitpy.backend import Buffer, Client, SharedCount
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.server.background import redirect_to_nothing
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.session import Session
-from nbdkitpy.server.transport import SocketTransport, describe_client, is_broken, send_by_reading, sleep_unless
+from nbdkitpy.server.transport import (
+    SocketTransport,
+    describe_client,
+    is_broken,
+    is_full,
+    send_by_reading,
+    sleep_unless,
+)
 from nbdkitpy.server.wakeup import Wakeup
 from nbdkitpy.stack import Stack
 
@@ -118,6 +125,10 @@ class PipeTransport:
     def is_gone(self) -> bool:
         """Tell whether the client hears nothing any more."""
         return self._aborted.is_set or is_broken(self._sending)
+
+    def is_full(self) -> bool:
+        """Tell whether nothing can be sent before the client has taken something."""
+        return is_full(self._sending)
 
     def send_now(self, data: bytes) -> None:
         """Send what can be sent without waiting, and do not care for the rest."""
@@ -239,6 +250,9 @@ class Single:
         """Have the thread that serves, which is not that of the session, call `function`."""
         self._calls.append(function)
         self._wake.set()
+
+    def change_options(self, **changes: Any) -> None:
+        """Do nothing: what may change is about clients that come."""
 
     def reloaded(self, stack: Stack) -> None:
         """Do nothing: no other process serves."""

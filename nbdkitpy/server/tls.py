@@ -229,6 +229,10 @@ class TlsTransport:
         self.send([head], more=True)
         return send_by_reading(self.send, fd, position, count)
 
+    def is_full(self) -> bool:
+        """Tell whether nothing can be sent before the client has taken something. From any thread."""
+        return self._raw.is_full()
+
     # --- the end ---
 
     def is_gone(self) -> bool:

@@ -21,6 +21,7 @@ __all__ = [
     "Stream",
     "describe_client",
     "is_broken",
+    "is_full",
     "send_by_reading",
     "sleep_unless",
 ]
@@ -74,6 +75,7 @@ class Stream(Protocol):
     def send(self, pieces: Sequence[Buffer], *, more: bool = False) -> None: ...
     def send_file(self, head: bytes, fd: int, position: int, count: int) -> int: ...
     def is_gone(self) -> bool: ...
+    def is_full(self) -> bool: ...
     def stop_receiving(self) -> None: ...
     def abort(self) -> None: ...
     def close(self) -> None: ...
@@ -178,6 +180,11 @@ class SocketTransport:
             left -= sent
         return count - left
 
+    def is_full(self) -> bool:
+        """Tell whether nothing can be sent before the client has taken something. From any thread."""
+        with self._ending:
+            return is_full(self._socket.fileno())
+
     def sleep(self, seconds: float) -> None:
         """Wait, in any thread.
 
@@ -248,6 +255,15 @@ def sleep_unless(seconds: float, *watched: tuple[int, int]) -> None:
         if left < 0.001:  # which poll cannot do
             time.sleep(max(0.0, left))
             return
+
+
+def is_full(fd: int) -> bool:
+    """Tell whether a descriptor takes nothing now; one that has been closed, -1, has no need to."""
+    if fd < 0:
+        return False
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return not poll.poll(0)
 
 
 def send_by_reading(send: Callable[[Sequence[Buffer]], None], fd: int, position: int, count: int) -> int:

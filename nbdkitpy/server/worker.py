@@ -9,7 +9,9 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
+from typing import ClassVar
 
 from nbdkitpy import log
 from nbdkitpy.server.channel import Channel, Kind, Message
@@ -17,6 +19,7 @@ from nbdkitpy.server.failures import report
 from nbdkitpy.server.forking import SIGNALS, unblock_signals
 from nbdkitpy.server.options import ServerOptions
 from nbdkitpy.server.service import Server
+from nbdkitpy.server.session import Session
 from nbdkitpy.stack import Stack
 
 __all__ = ["Worker", "pack_reload", "settle"]
@@ -33,8 +36,10 @@ class Worker(Server):
     _are_admitted = True
 
     def __init__(self, options: ServerOptions, channel: Channel) -> None:
-        share = -(-options.max_handshakes // options.workers)  # rounded up
-        super().__init__(options._replace(endpoints=(), max_handshakes=share))
+        # Who has to give way is for the main process to say, which knows all clients.
+        super().__init__(
+            options._replace(endpoints=(), max_connections=0, max_connections_per_source=0, max_handshakes=0)
+        )
         self._channel = channel
 
     def serve(self, stack: Stack) -> bool:
@@ -46,13 +51,17 @@ class Worker(Server):
         finally:
             self._tell(Kind.DONE)
 
-    def _tell(self, kind: Kind) -> None:
+    def _tell(self, kind: Kind, number: int = 0) -> None:
         with contextlib.suppress(OSError):  # the main process has gone, which ends us
-            self._channel.send(kind)
+            self._channel.send(kind, number)
 
-    def _has_left(self) -> None:
-        self._tell(Kind.LEFT)
-        super()._has_left()
+    def _established(self, session: Session) -> None:
+        super()._established(session)
+        self._tell(Kind.ESTABLISHED, session.number)
+
+    def _has_left(self, number: int) -> None:
+        self._tell(Kind.LEFT, number)
+        super()._has_left(number)
 
     def _hear(self, stack: Stack) -> bool:
         """Do what one message asks for; False if there was no room for its client."""
@@ -65,14 +74,13 @@ class Worker(Server):
             self.shutdown()
         elif message.kind is Kind.CLIENT:
             return self._take_over(message, stack)
-        elif message.kind is Kind.RELOAD:
-            _reload(message, stack)
-            self._renew()
-        elif message.kind is Kind.ABORT:
-            self.abort()
         else:
-            self.shutdown()
+            self._ORDERS[message.kind](self, message, stack)
         return True
+
+    def _reload(self, message: Message, stack: Stack) -> None:
+        _set_reloaded(message, stack)
+        self._renew()
 
     def _renew(self) -> None:
         """Read certificates and keys again, as the main process does."""
@@ -85,9 +93,22 @@ class Worker(Server):
     def _take_over(self, message: Message, stack: Stack) -> bool:
         if message.fd is None:
             self._complain("cannot take a client over: %s", os.strerror(errno.EMFILE))
-            self._has_left()
+            self._has_left(message.number)
             return False
         return self._take(socket.socket(fileno=message.fd), message.number, stack)
+
+    def _drop(self, message: Message, stack: Stack) -> None:
+        # Also if the handshake has been finished meanwhile: the main process does not count it any more.
+        for session in self._left():
+            if session.number == message.number:
+                session.abort()
+
+    _ORDERS: ClassVar[dict[Kind, Callable[[Worker, Message, Stack], None]]] = {
+        Kind.RELOAD: _reload,
+        Kind.DROP: _drop,
+        Kind.STOP: lambda worker, *_: worker.shutdown(),
+        Kind.ABORT: lambda worker, *_: worker.abort(),
+    }
 
 
 def settle(number: int) -> None:
@@ -122,7 +143,7 @@ def pack_reload(stack: Stack) -> int:
     return fd
 
 
-def _reload(message: Message, stack: Stack) -> None:
+def _set_reloaded(message: Message, stack: Stack) -> None:
     try:
         if message.fd is None:
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))

@@ -45,7 +45,9 @@ class Rules(Filter):
 class Service:
     """A stack that was configured by a file, which can be changed."""
 
-    def __init__(self, path: Path, text: str, words: list[Assignment], plugin: Plugin) -> None:
+    def __init__(
+        self, path: Path, text: str, words: list[Assignment], plugin: Plugin, by_command_line: frozenset[str]
+    ) -> None:
         self.path = path
         self.plugin = plugin
         path.write_text(text)
@@ -55,7 +57,8 @@ class Service:
         is_files = document.plugin is not None and document.plugin.name == plugin.name
         own = document.plugin if is_files and document.plugin else UnitTable(plugin.name, "")
         configured = configure(self.stack, words, [*document.filters, own])
-        self.reloader = Reloader(document, self.stack, configured, plugin.name)
+        self.options: dict[str, object] = {}
+        self.reloader = Reloader(document, self.stack, configured, plugin.name, self.options.update, by_command_line)
 
     def reload(self, text: str) -> list[str]:
         """What is said of a reload with this text, without the file's path."""
@@ -63,8 +66,10 @@ class Service:
         return [line.replace(f"{self.path}: ", "") for line in self.reloader()]
 
 
-def service(tmp_path: Path, text: str, *words: Assignment, plugin: Plugin | None = None) -> Service:
-    return Service(tmp_path / "x.toml", text, list(words), plugin or Disk())
+def service(
+    tmp_path: Path, text: str, *words: Assignment, plugin: Plugin | None = None, given: tuple[str, ...] = ()
+) -> Service:
+    return Service(tmp_path / "x.toml", text, list(words), plugin or Disk(), frozenset(given))
 
 
 PLUGIN = '[plugin]\nname = "disk"\n'
@@ -95,6 +100,49 @@ def test_a_live_parameter_that_is_removed_gets_its_default(tmp_path: Path) -> No
 
     assert running.reload(PLUGIN) == ["disk: rate has been set: the default"]
     assert rate(running) == 3
+
+
+SERVER = "[server]\n"
+
+
+def test_limits_of_the_server_are_set_and_told_once(tmp_path: Path) -> None:
+    running = service(tmp_path, PLUGIN + SERVER + "max-connections = 5\nmax-options = 5\n")
+    text = PLUGIN + SERVER + "max-connections = 7\nmax-connections-per-source = 3\nmax-handshakes = 2\n"
+
+    assert running.reload(text + "max-options = 5\n") == [
+        "[server]: max-connections has been set: 7",
+        "[server]: max-connections-per-source has been set: 3",
+        "[server]: max-handshakes has been set: 2",
+    ]
+    assert running.options == {"max_connections": 7, "max_connections_per_source": 3, "max_handshakes": 2}
+    assert running.reload(text) == ["[server]: max-options differs: that needs a restart"]
+
+
+def test_a_limit_of_the_server_that_is_removed_gets_its_default(tmp_path: Path) -> None:
+    running = service(tmp_path, PLUGIN + SERVER + "max-connections = 5\n")
+
+    assert running.reload(PLUGIN) == ["[server]: max-connections has been set: the default"]
+    assert running.options == {"max_connections": 1000}
+
+
+def test_a_limit_of_the_server_that_the_command_line_gives_stays(tmp_path: Path) -> None:
+    running = service(tmp_path, PLUGIN, given=("max_connections",))
+
+    assert running.reload(PLUGIN + SERVER + "max-connections = 5\nmax-handshakes = 6\n") == [
+        "[server]: max-handshakes has been set: 6",
+        "[server]: max-connections is not used, as the command line gives it",
+    ]
+    assert running.options == {"max_handshakes": 6}
+
+
+def test_of_a_file_with_an_error_no_limit_of_the_server_is_set(tmp_path: Path) -> None:
+    running = service(tmp_path, PLUGIN)
+
+    with pytest.raises(ConfigError):
+        running.reload(PLUGIN + "rate = 99\n" + SERVER + "max-connections = 5\n")
+
+    assert running.options == {}
+    assert running.reload(PLUGIN + SERVER + "max-connections = 5\n") == ["[server]: max-connections has been set: 5"]
 
 
 def test_filters_of_one_kind_have_their_own(tmp_path: Path) -> None:

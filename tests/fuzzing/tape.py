@@ -73,6 +73,10 @@ class Tape:
         self.sent.append(os.pread(fd, count, position))
         return len(self.sent[-1])
 
+    def is_full(self) -> bool:
+        """Tell that there is room."""
+        return False
+
     def send_now(self, data: bytes) -> None:
         """Write down."""
         self.sent.append(data)

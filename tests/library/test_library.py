@@ -297,6 +297,8 @@ def test_every_option_of_a_server_can_be_given_or_there_is_a_reason_why_not() ->
 def test_options_are_those_of_the_server_and_its_defaults() -> None:
     given: dict[str, Any] = {"drain": 0.5, "handshake_timeout": 0, "idle_timeout": 2.5, "max_handshakes": 7}
     given |= {"threads": 3, "keepalive": True, "readonly": True}
+    given |= {"max_connections": 5, "max_connections_per_source": 4, "max_options": 6, "stall_timeout": 0.5}
+    given |= {"max_buffered": 1 << 30, "max_buffered_per_connection": 0}
 
     with serve(Disk, **given) as some, serve(Disk) as none:
         options = [server._running[0].options for server in (some, none) if server._running is not None]
@@ -315,7 +317,8 @@ def test_read_only_it_refuses_writes() -> None:
     [
         ({"threads": -1}, "threads must be an integer from 0 to 65536, not -1"),
         ({"drain": -0.5}, "drain must be a time such as 2, 1.5s, 100ms, 20us or 5ns, not -0.5"),
-        ({"max_handshakes": 0}, "max_handshakes must be an integer from 1 to 2147483647, not 0"),
+        ({"max_handshakes": -1}, "max_handshakes must be an integer from 0 to 4294967295, not -1"),
+        ({"max_buffered": "1.5G"}, "max_buffered must be a size such as 512, 10M or 1G, not '1.5G'"),
         ({"tls": "maybe"}, "tls must be off, on or require, not 'maybe'"),
     ],
 )

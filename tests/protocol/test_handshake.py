@@ -1105,6 +1105,17 @@ def test_haggling_ends_after_32_options(haggle: Callable[[Client], None]) -> Non
     client.is_closed()
 
 
+def test_other_numbers_of_options_may_be_allowed() -> None:
+    client = Client(Handshake(max_options=2))
+    client.option(Option.LIST)
+    client.handshake.exports_listed([("disk", "")])
+    for _ in range(3):
+        client.option(99)
+
+    with pytest.raises(RemoteProtocolError, match="too many options"):
+        client.option(99)
+
+
 @pytest.mark.parametrize("lists", [1, 2, 5])
 def test_list_allows_32_more_options_for_each_export_but_only_once(lists: int) -> None:
     client = Client()

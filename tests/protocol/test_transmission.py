@@ -132,8 +132,9 @@ def outcome_of(transmission: Transmission, *messages: bytes) -> Request | NbdErr
 
 
 def held(transmission: Transmission) -> int:
-    """Return how many bytes its buffers have, whatever they are called."""
-    views = [value for value in vars(transmission).values() if isinstance(value, memoryview)]
+    """Return how many bytes its buffers have, whatever they are called, with what is kept for it."""
+    values = [*vars(transmission).values(), *vars(transmission._room).values()]
+    views = [value for value in values if isinstance(value, memoryview)]
     return sum({id(view.obj): len(view.obj) for view in views if isinstance(view.obj, (bytearray, mmap.mmap))}.values())
 
 
@@ -1116,6 +1117,141 @@ def test_a_payload_that_is_only_announced_does_not_keep_the_memory_of_one_before
     assert held(receiver) <= SMALL + LARGE
     (request,) = receive(receiver, bytes(16 * MIB - 1000))
     assert request.payload == bytes(16 * MIB)
+
+
+# --- memory that others want ---
+
+
+class Scarce:
+    """Room that notes what is asked of it, and may have none."""
+
+    def __init__(self) -> None:
+        self.claims: list[int] = []
+        self.buffer: memoryview | None = None
+        self.dropped = 0
+        self.failure: Exception | None = None
+
+    def claim(self, size: int) -> None:
+        self.claims.append(size)
+        if self.failure:
+            raise self.failure
+
+    def keep(self, buffer: memoryview) -> None:
+        self.buffer = buffer
+
+    def kept(self, size: int) -> memoryview | None:
+        buffer, self.buffer = self.buffer, None
+        return buffer if buffer is not None and len(buffer) >= size else None
+
+    def drop(self) -> None:
+        self.buffer = None
+        self.dropped += 1
+
+
+@pytest.fixture
+def room() -> Scarce:
+    return Scarce()
+
+
+def with_room(room: Scarce) -> Transmission:
+    return Transmission(HUGE, ALL, room=room)
+
+
+@pytest.mark.parametrize("length", [1, OWN, OWN + 1, LARGE])
+def test_small_payloads_ask_for_no_room(room: Scarce, length: int) -> None:
+    receiver = with_room(room)
+
+    (request,) = receive(receiver, message(Command.WRITE, extended=False, length=length))
+
+    assert len(request.payload) == length
+    assert room.claims == []
+
+
+def test_a_large_payload_asks_for_all_of_its_room_when_some_of_it_is_there(room: Scarce) -> None:
+    receiver = with_room(room)
+
+    for data in (compact(Command.WRITE, length=8 * MIB), pattern(1, LARGE - 1)):
+        receive(receiver, data)
+        receiver.buffer()
+        assert room.claims == []
+    receive(receiver, pattern(1, LARGE)[-1:])
+    receiver.buffer()
+
+    assert room.claims == [8 * MIB]
+
+
+def test_a_payload_for_which_there_is_no_room_ends_it_all(room: Scarce) -> None:
+    receiver = with_room(room)
+    room.failure = KeyError()
+
+    with pytest.raises(KeyError):
+        receive(receiver, message(Command.WRITE, extended=False, length=8 * MIB))
+
+    assert held(receiver) <= HELD + LARGE
+
+
+@pytest.mark.parametrize("begun", [0, 27])
+def test_a_buffer_is_kept_when_its_payload_is_done_with(room: Scarce, begun: int) -> None:
+    receiver = with_room(room)
+    receive(receiver, compact(Command.READ) * 100_000)  # now the buffer for requests is large
+
+    (request,) = receive(receiver, message(Command.WRITE, extended=False, length=4 * MIB))
+    assert not room.buffer
+    receive(receiver, compact(Command.READ)[:begun])  # a client may never stop between two requests
+    receiver.buffer()
+
+    assert room.buffer is not None
+    assert room.buffer.obj is request.payload.obj
+    assert held(receiver) <= HELD + len(room.buffer)
+
+
+def test_a_payload_that_is_carried_out_elsewhere_leaves_no_buffer(room: Scarce) -> None:
+    receiver = with_room(room)
+    (request,) = receive(receiver, message(Command.WRITE, extended=False, length=4 * MIB))
+
+    receiver.keep_payload(request.payload)
+    receive(receiver, compact(Command.READ))
+
+    assert not room.buffer
+
+
+def test_what_was_kept_may_have_gone_meanwhile(room: Scarce) -> None:
+    receiver = with_room(room)
+    receive(receiver, message(Command.WRITE, extended=False, length=4 * MIB))
+    receive(receiver, compact(Command.READ) * 100)
+    room.buffer = None
+
+    (request,) = receive(receiver, message(Command.WRITE, extended=False, cookie=2, length=4 * MIB))
+
+    assert request.payload == pattern(2, 4 * MIB)
+    assert set(room.claims) == {4 * MIB}
+
+
+@pytest.mark.parametrize(("arrived", "dropped"), [(1000, 1), (4 * MIB, 0)])
+def test_a_payload_that_pauses_early_holds_no_room(room: Scarce, arrived: int, dropped: int) -> None:
+    receiver = with_room(room)
+    receive(receiver, message(Command.WRITE, extended=False, length=32 * MIB))
+    receive(receiver, compact(Command.WRITE, length=32 * MIB) + pattern(1, 32 * MIB)[:arrived])
+    assert receiver.landing is not None
+    assert receiver.landing.length == 32 * MIB
+
+    receiver.rest()
+    assert room.dropped == dropped
+    (request,) = receive(receiver, pattern(1, 32 * MIB)[arrived:])
+
+    assert request.payload == pattern(1, 32 * MIB)
+    assert receiver.landing is None
+    assert room.claims[-1] == 32 * MIB
+
+
+def test_a_quiet_client_holds_no_room(room: Scarce) -> None:
+    receiver = with_room(room)
+    receive(receiver, message(Command.WRITE, extended=False, length=4 * MIB))
+
+    receiver.rest()
+
+    assert room.dropped == 1
+    assert held(receiver) <= HELD
 
 
 # --- what the client and the log are told ---

@@ -101,8 +101,8 @@ def test_the_threads_of_clients_have_ended_when_it_has(
 ) -> None:
     has_left = server._has_left
 
-    def take_a_while() -> None:
-        has_left()
+    def take_a_while(number: int) -> None:
+        has_left(number)
         for _ in range(1000):
             os.sched_yield()
 

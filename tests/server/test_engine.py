@@ -8,6 +8,7 @@ import errno
 import os
 import random
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from nbdkitpy import Buffer, Extent, ExtentType, FileRange, Flags, Handle, Suppo
 from nbdkitpy.exceptions import describe
 from nbdkitpy.protocol.constants import Command, CommandFlag, NbdError, ReplyType
 from nbdkitpy.protocol.transmission import Request
-from nbdkitpy.server import batch, reads
+from nbdkitpy.server import batch, reads, session
 from nbdkitpy.server import engine as module
+from nbdkitpy.server.budget import Budget
 from nbdkitpy.server.checks import checked_data, checked_range
 from nbdkitpy.server.commands import Commands
 from nbdkitpy.server.engine import Engine
-from nbdkitpy.server.sender import Budget
 from nbdkitpy.server.transport import SocketTransport
 from tests.conftest import StartServer, StartSession
 from tests.nbdclient import PATIENCE, NbdClient, Reply, Style
@@ -99,6 +100,7 @@ class Handles(Disks):
         super().__init__(self._keep, model)
         self._make = handle
         self.handles: list[Any] = []
+        self.held: list[int] = []  # see Noting
 
     def _keep(self, plugin: Disks) -> Handle:
         self.handles.append(self._make(self))
@@ -1328,19 +1330,21 @@ class Waiting(Budget):
     waits: threading.Event
     most = 0
 
-    def take(self, cost: int) -> None:
-        with self._changed:
-            if self._used and self._used + cost > self._limit:
-                self.waits.set()
-        super().take(cost)
-        Waiting.most = max(Waiting.most, self._used)
+    def _fits(self, cost: int, has_payload: bool) -> bool:
+        fits = super()._fits(cost, has_payload)
+        if not fits:
+            self.waits.set()
+        return fits
+
+    def take(self, cost: int, *, has_payload: bool = False) -> None:
+        super().take(cost, has_payload=has_payload)
+        Waiting.most = max(Waiting.most, self._used + self._payload)
 
 
 @pytest.fixture
 def budget(monkeypatch: pytest.MonkeyPatch) -> type[Waiting]:
-    """A small budget, and an event that is set when it is used up."""
-    monkeypatch.setattr(module, "Budget", Waiting)
-    monkeypatch.setattr(module, "_IN_HAND", 4 << 20)
+    """Budgets of connections, and an event that is set when one is used up."""
+    monkeypatch.setattr(session, "Budget", Waiting)
     monkeypatch.setattr(Waiting, "waits", threading.Event(), raising=False)
     monkeypatch.setattr(Waiting, "most", 0)
     return Waiting
@@ -1358,7 +1362,7 @@ def test_a_client_that_takes_no_replies_is_not_served_without_end(
     start_server: StartServer, budget: type[Waiting]
 ) -> None:
     plugin = Handles(Cold)
-    server = start_server(plugin)
+    server = start_server(plugin, max_buffered_per_connection=4 << 20)
     greedy, good = server.connect(), server.connect()
     with greedy.batched():
         cookies = {greedy.send(Command.READ, 0, SIZE) for _ in range(50)}
@@ -1384,7 +1388,7 @@ def test_a_client_that_sends_faster_than_is_written_is_not_read_without_end(
             assert gate.wait(PATIENCE)
             super().pwrite(data, offset, flags)
 
-    client, handle, _ = serve(Stuck)
+    client, handle, _ = serve(Stuck, max_buffered_per_connection=4 << 20)
 
     def send() -> None:
         for _ in range(30):
@@ -1421,6 +1425,110 @@ def test_what_is_read_in_the_reading_thread_waits_for_the_client_too(serve: Serv
         received += SIZE
 
     assert max(ahead) <= 4 * SIZE
+
+
+class Fragments(Whole):
+    """Has so many extents that what tells of them is large."""
+
+    def get_size(self) -> int:
+        return 1 << 30
+
+    def extents(self, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
+        return [Extent(offset + at, 512, DATA if at % 1024 else HOLE) for at in range(0, 200_000 * 512, 512)]
+
+
+class InlineFragments(Fragments):
+    inline = frozenset({"extents"})
+
+
+class Taken(Budget):
+    """Notes what was taken and given back."""
+
+    costs: list[int]
+
+    def take(self, cost: int, *, has_payload: bool = False) -> None:
+        self.costs.append(cost)
+        super().take(cost, has_payload=has_payload)
+
+    def give(self, cost: int) -> None:
+        self.costs.append(-cost)
+        super().give(cost)
+
+
+@pytest.fixture
+def costs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    monkeypatch.setattr(Taken, "costs", [], raising=False)
+    monkeypatch.setattr(session, "Budget", Taken)
+    return Taken.costs
+
+
+@pytest.mark.parametrize("handle", [Fragments, InlineFragments])
+def test_a_long_block_status_counts_for_what_it_is(
+    handle: type[Fragments], serve: Serve, costs: list[int], to_workers: None
+) -> None:
+    client, _, solo = serve(handle)
+
+    reply = client.call(Command.BLOCK_STATUS, 0, 1 << 30)
+    client.disconnect()
+    solo.join()
+
+    assert len(reply.extents) == 200_000
+    assert sum(costs) == 0
+    assert 200_000 * 8 < -costs[-1] < 200_000 * 8 + (65 << 10)
+
+
+class Noting(Disk):
+    """Notes what counts as held while it reads."""
+
+    def pread(self, count: int, offset: int) -> bytes:
+        assert isinstance(self.plugin, Handles)
+        self.plugin.held.append(sum(Taken.costs))
+        return super().pread(count, offset)
+
+
+class NotingInline(Noting):
+    inline = frozenset({"pread"})
+
+
+class NotingHoles(NotingInline):
+    inline = frozenset({"pread", "extents"})
+    sparse = True
+
+    def extents(self, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
+        half = count // 2
+        return [Extent(offset, half, HOLE), Extent(offset + half, count - half, DATA)]
+
+
+@pytest.mark.parametrize(
+    ("handle", "length", "held"),
+    [
+        (Noting, SIZE, SIZE),
+        (NotingInline, SIZE, SIZE),
+        (NotingInline, SIZE - 1, 0),  # which goes out with others
+        (NotingHoles, SIZE, SIZE // 2),
+    ],
+)
+def test_a_large_read_counts_from_before_it_is_made_until_it_is_sent(
+    handle: type[Noting], length: int, held: int, serve: Serve, costs: list[int]
+) -> None:
+    client, disk, solo = serve(handle)
+
+    reply = client.call(Command.READ, 0, length)
+    client.disconnect()
+    solo.join()
+
+    assert len(reply.data) == length
+    assert disk.plugin.held == [held]
+    assert sum(costs) == 0
+
+
+def test_a_large_read_for_workers_counts_once(serve: Serve, costs: list[int], to_workers: None) -> None:
+    client, disk, _ = serve(Noting)
+
+    client.read(0, SIZE)
+
+    assert disk.plugin.held == [SIZE + (64 << 10)]
+    assert len([cost for cost in costs if cost >= SIZE]) == 1
 
 
 @pytest.mark.parametrize(
@@ -1477,9 +1585,26 @@ def test_a_quiet_connection_gives_back_its_workers_and_memory(
     assert not engine._workers._threads
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("disks[1].")]
     assert len(engine._transmission._view) <= 8192
-    assert not engine._transmission._own_buffer
+    assert not engine._budget._kept
     assert not engine._batch.memory
     assert client.read(0, 512) == CONTENT[:512]
+
+
+def test_a_quiet_connection_holds_no_payload(serve: Serve, rests: threading.Semaphore) -> None:
+    client, _, solo = serve(Whole)
+    client.write(0, CONTENT)
+    engine = solo.session._engine
+    assert engine is not None
+    client.write(0, b"x")
+    kept = engine._budget._kept
+    assert kept is not None
+    payload = weakref.ref(kept.obj)
+    del kept
+
+    for _ in range(3):
+        assert rests.acquire(timeout=PATIENCE)
+
+    assert payload() is None
 
 
 def test_a_quiet_connection_does_not_wait_for_its_workers(serve: Serve, rests: threading.Semaphore) -> None:

@@ -59,6 +59,9 @@ class FakeServer:
     def start_workers(self, live: Callable[[Callable[[Stack], bool]], int]) -> bool:
         return False
 
+    def change_options(self, **changes: object) -> None:
+        raise AssertionError("nothing has changed")
+
     def reloaded(self, stack: Stack) -> None:
         self.note("reloaded")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import random
 import re
@@ -237,6 +238,73 @@ def test_the_server_ends_also_if_the_worker_of_the_last_client_is_killed(start: 
 
     assert [line.partition(") ")[2] for line in pool.wait()] == ["was killed by SIGKILL: 1 client is disconnected"]
     assert pid in pool.pids("after_fork")
+
+
+def test_past_the_limit_of_all_workers_a_client_gets_no_byte(start: Callable[..., Pool]) -> None:
+    pool = start("--max-connections=3")
+    clients = [pool.client() for _ in range(3)]
+    workers = [worker_of(client) for client in clients]
+    assert pool.dial().at_end()
+
+    victim = next(worker for worker in workers if workers.count(worker) == 1)
+    kill_worker_of(clients[workers.index(victim)])
+    eventually(lambda: served(pool))
+
+    assert pool.pids("preconnect") == [pool.pid] * (4 + len(workers) - 3)
+    assert [line for line in pool.end() if "too many connections, at most 3" in line]
+
+
+def served(pool: Pool) -> bool:
+    """Whether one more client gets in, who then leaves."""
+    client = pool.dial()
+    try:
+        worker_of(client.negotiate())
+    except (OSError, EOFError):
+        return False
+    client.disconnect()
+    return True
+
+
+def test_the_limit_of_a_source_is_that_of_all_workers(start: Callable[..., Pool]) -> None:
+    pool = start("--max-connections-per-source=2")
+    clients = [pool.client() for _ in range(2)]
+    assert pool.dial().at_end()
+
+    clients[0].disconnect()
+    assert any(served(pool) for _ in range(1000))  # the worker may say so a little later
+
+    assert [line for line in pool.end() if f"too many connections of uid {os.getuid()}, at most 2" in line]
+
+
+def test_of_too_many_handshakes_of_all_workers_the_oldest_gives_way(start: Callable[..., Pool]) -> None:
+    pool = start("--max-handshakes=3")
+    established = [pool.client() for _ in range(3)]
+    assert all(map(worker_of, established))
+    silent = [pool.dial() for _ in range(3)]
+    for client in silent:
+        client.greet()
+
+    newcomer = pool.client()
+
+    assert silent[0].at_end()
+    for client in (*established, newcomer, *(client.negotiate_rest() for client in silent[1:])):
+        assert worker_of(client)
+    (line,) = pool.end()
+    assert line.endswith("too many unfinished handshakes, the oldest is closed: connection 4")
+
+
+def test_the_limit_may_be_changed_by_a_reload(start: Callable[..., Pool], tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    text = f'server.max-connections = %d\n[plugin]\nname = "pids"\njournal = "{tmp_path}/journal"\n'
+    config.write_text(text % 1)
+    pool = start("--config", str(config))
+    assert worker_of(pool.client())
+    assert pool.dial().at_end()
+
+    config.write_text(text % 2)
+    os.kill(pool.pid, signal.SIGHUP)
+
+    eventually(lambda: served(pool))
 
 
 # --- a worker that is killed ---
@@ -681,18 +749,20 @@ def test_it_is_tried_again_to_begin_a_worker(
 
 
 def test_who_has_the_fewest_clients_gets_the_next(main: module.Pool, workers: Workers) -> None:
+    numbers = itertools.count(1)
+
     def given() -> list[int]:
         """Hand over two clients; how many each worker has then."""
-        for number in (1, 2):
+        for _ in range(2):
             ours, theirs = socket.socketpair()
-            main._take(theirs, number, make_stack(Disks()))
+            main._take(theirs, next(numbers), make_stack(Disks()))
             ours.close()
-        return [process.clients for process in main._processes.values()]
+        return [len(process.clients) for process in main._processes.values()]
 
     assert given() == [1, 1]
     assert given() == [2, 2]
-    for _ in range(2):
-        workers.ends[0].send(Kind.LEFT)
+    for number in main._processes[1].clients.copy():
+        workers.ends[0].send(Kind.LEFT, number)
         main._wait()
 
     assert given() == [2, 2]
@@ -709,6 +779,23 @@ def test_a_client_that_no_worker_can_take_is_turned_away(
     assert ours.recv(1) == b""
     assert caplog.messages == ["connection 7: no worker can take it"]
     ours.close()
+
+
+def test_clients_wait_in_the_queue_while_too_many_are_about_to_go(
+    main: module.Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LEAVING", 1)
+    main.change_options(max_connections=1)
+    ends = []
+    for number in (1, 2):
+        assert main._has_room()
+        ours, theirs = socket.socketpair()
+        ends.append(ours)
+        main._take(theirs, number, make_stack(Disks()))
+
+    assert not main._has_room()
+    for end in ends:
+        end.close()
 
 
 def test_clients_wait_in_the_queue_while_workers_have_no_room(

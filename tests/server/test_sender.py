@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from nbdkitpy.backend import Buffer
-from nbdkitpy.server.sender import Budget, FilePart, Sender
+from nbdkitpy.server.budget import Budget
+from nbdkitpy.server.sender import FilePart, Sender
 from nbdkitpy.server.transport import SocketTransport
 from tests.nbdclient import PATIENCE, NbdClient
 
@@ -60,51 +61,6 @@ def in_thread(function: object, *args: object) -> threading.Thread:
     return thread
 
 
-# --- budget ---
-
-
-def test_a_cost_that_does_not_fit_waits_until_enough_is_given_back() -> None:
-    budget = spent(Budget(100), 40, 40)
-    order: list[str] = []
-
-    def take() -> None:
-        budget.take(50)
-        order.append("taken")
-
-    thread = in_thread(take)
-    budget.give(20)
-    order.append("enough")
-    budget.give(20)
-    thread.join(PATIENCE)
-
-    assert order == ["enough", "taken"]
-    assert not budget.unused
-
-
-def test_a_cost_above_the_limit_fits_when_there_is_nothing_else() -> None:
-    budget = spent(Budget(100), 1000)
-    budget.give(1000)
-
-    assert budget.unused
-
-
-def test_waiting_until_unused_ends_when_all_is_given_back() -> None:
-    budget = spent(Budget(100), 30, 30)
-    order: list[str] = []
-
-    def wait() -> None:
-        budget.wait_until_unused()
-        order.append("unused")
-
-    thread = in_thread(wait)
-    budget.give(30)
-    order.append("last")
-    budget.give(30)
-    thread.join(PATIENCE)
-
-    assert order == ["last", "unused"]
-
-
 # --- messages ---
 
 
@@ -114,6 +70,7 @@ def test_a_worker_does_not_wait_for_a_client_that_another_one_waits_for(recorder
     recorder.gate.clear()
     slow = in_thread(sender.send, [b"first"])
     assert recorder.entered.wait(PATIENCE)
+    assert sender.is_sending
 
     for message in (b"second", b"third", b"fourth"):
         sender.post([message[:3], message[3:]], 1)  # would wait here
@@ -123,6 +80,7 @@ def test_a_worker_does_not_wait_for_a_client_that_another_one_waits_for(recorder
 
     assert recorder.sent == [b"first", b"secondthirdfourth"]
     assert budget.unused
+    assert not sender.is_sending
 
 
 def test_messages_of_many_threads_stay_whole() -> None:
@@ -165,6 +123,7 @@ def test_after_a_failure_everything_is_dropped_and_the_receiver_finds_out(
 
     assert (sender.broken, recorder.aborted, recorder.sent, end) == (True, True, [], b"")
     assert budget.unused
+    assert budget.is_cancelled, "so that nothing more is waited for"
 
 
 # --- files ---

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import gc
 import os
 import queue
 import random
+import re
+import select
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nbdkitpy import Buffer, Client, ThreadModel
+from nbdkitpy import Buffer, Client, Export, ThreadModel
 from nbdkitpy.protocol.constants import Command, NbdError, Option
-from nbdkitpy.server import front, service
+from nbdkitpy.server import budget, front, service
 from nbdkitpy.server.options import Endpoint, ServerOptions, Transport
-from nbdkitpy.server.sender import Budget
 from nbdkitpy.server.service import Server
+from nbdkitpy.server.session import Session
 from nbdkitpy.server.transport import SocketTransport, describe_client
 from tests.conftest import StartServer
 from tests.nbdclient import PATIENCE, NbdClient, Style
+from tests.pools import eventually
 from tests.serving import CONTENT, SIZE, Disk, Disks, Running, open_descriptors
 
 MODELS = pytest.mark.parametrize("model", list(ThreadModel), ids=lambda model: model.name.lower())
@@ -375,12 +380,19 @@ def test_N7_a_storm_of_connections_at_random_stages_leaves_nothing_behind(
     assert good.read(0, 512) == CONTENT[:512]
     assert open_descriptors() == descriptors
     assert plugin.opened - plugin.closed == 1
-    assert not server.server._handshakes
+    assert not server.server._connections.handshakes
     assert not [record for record in caplog.records if record.exc_info]
     good.disconnect()
 
 
 # --- handshakes ---
+
+
+def is_closed(client: NbdClient) -> None:
+    """Wait until the server has closed the connection, whatever it may send before."""
+    with contextlib.suppress(ConnectionResetError):
+        while client.socket.recv(4096):
+            pass
 
 
 def established(server: Running) -> NbdClient:
@@ -472,6 +484,270 @@ def test_of_too_many_unfinished_handshakes_the_oldest_is_dropped(
 
     assert served.read(0, 1) == CONTENT[:1]
     assert "too many unfinished handshakes, the oldest is closed: disks[2]" in caplog.messages
+
+
+# --- too many ---
+
+
+def test_past_the_limit_a_client_gets_no_byte_and_the_next_one_who_leaves_makes_room(
+    start_server: StartServer, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = start_server(max_connections=2)
+    clients = [established(server) for _ in range(2)]
+
+    for _ in range(3):
+        assert server.dial().at_end()
+    lines = [line for line in caplog.messages if "too many" in line]
+    assert len(lines) == 1
+    assert re.fullmatch(
+        r"too many connections, at most 2: connection 3 \(unix pid=\d+ uid=\d+\) is disconnected", lines[0]
+    )
+    clock.now += 1.0
+    assert server.dial().at_end()
+    assert len([line for line in caplog.messages if "too many" in line]) == 2
+    clients[0].disconnect()
+    server.wait_for_sessions(1)
+
+    assert server.connect().read(0, 1) == CONTENT[:1]
+    assert clients[1].read(0, 1) == CONTENT[:1]
+
+
+def test_who_says_nothing_gives_way_to_a_newcomer(start_server: StartServer, caplog: pytest.LogCaptureFixture) -> None:
+    server = start_server(max_connections=3)
+    served, silent, other = established(server), server.dial(), server.dial()
+
+    assert server.connect().read(0, 1) == CONTENT[:1]
+
+    is_closed(silent)
+    assert served.read(0, 1) == CONTENT[:1]
+    assert other.negotiate().read(0, 1) == CONTENT[:1]
+    assert "too many connections, the oldest unfinished handshake is closed: disks[2]" in caplog.messages
+
+
+def test_past_the_limit_of_its_source_a_client_is_refused_before_anybody_is_asked(start_server: StartServer) -> None:
+    class Asked(Disks):
+        asked = 0
+
+        def preconnect(self, client: Client, readonly: bool) -> None:
+            self.asked += 1
+
+    plugin = Asked()
+    server = start_server(plugin, max_connections_per_source=2)
+    server.dial().greet()
+    established(server)
+
+    assert server.dial().at_end()
+
+    assert plugin.asked == 2
+
+
+def test_limits_may_change_while_clients_are_served(start_server: StartServer) -> None:
+    server = start_server(max_connections=1)
+    established(server)
+    assert server.dial().at_end()
+
+    server.server.change_options(max_connections=2)
+
+    assert server.connect().read(0, 1) == CONTENT[:1]
+    assert server.dial().at_end()
+
+
+def test_clients_wait_in_the_queue_while_too_many_are_about_to_go(
+    start_server: StartServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaving = threading.Event()
+    run = Session.run
+
+    def slow(session: Session) -> None:
+        run(session)
+        assert leaving.wait(PATIENCE)
+
+    monkeypatch.setattr(Session, "run", slow)
+    monkeypatch.setattr(service, "LEAVING", 2)
+    server = start_server(max_connections=1)
+    silent = [server.dial() for _ in range(3)]
+    silent[-1].greet()
+    assert not server.server._has_room()
+    waiting = server.dial()
+    leaving.set()
+
+    assert waiting.negotiate().read(0, 1) == CONTENT[:1]
+    monkeypatch.undo()
+
+
+# --- memory ---
+
+MIB = 1 << 20
+
+
+class Large(Disk):
+    """Larger than the memory of the tests below; every read waits for a gate, and has to be made by a worker."""
+
+    def __init__(self, plugin: Disks) -> None:
+        super().__init__(plugin)
+        self.pread_into = lambda buffer, offset: False
+
+    def get_size(self) -> int:
+        return 64 * MIB
+
+    def pread(self, count: int, offset: int) -> bytes:
+        assert isinstance(self.plugin, Gated)
+        assert self.plugin.gate.wait(PATIENCE)
+        return bytes(count)
+
+    def pwrite(self, data: memoryview, offset: int, flags: int) -> None:
+        return None
+
+
+class Gated(Disks):
+    def __init__(self) -> None:
+        super().__init__(Large)
+        self.gate = threading.Event()
+        self.gate.set()
+
+
+@pytest.fixture
+def patience(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock, by which it is measured for how long somebody has waited for memory too."""
+    monkeypatch.setattr(budget, "time", clock)
+    return clock
+
+
+def short_of_memory(server: Running, wanted: int) -> None:
+    """Wait until so many bytes are waited for."""
+    memory = server.server._memory
+    while memory.wanted < wanted:
+        assert server.server.wakes.acquire(timeout=PATIENCE), (memory.held, memory.wanted)
+
+
+def pass_periods(clock: Clock, server: Running, client: NbdClient) -> None:
+    """Let time go by until `client` has a reply: it may take a while until others are really stuck."""
+    while not select.select([client.socket], [], [], 0)[0]:
+        pass_period(clock, server)
+
+
+def pass_period(clock: Clock, server: Running, seconds: float = 30.0) -> None:
+    """Let time go by, and wait until the main loop has looked at it."""
+    clock.now += seconds
+    for _ in range(2):  # once more, as it may be about to make calls when it is told to
+        looked = threading.Event()
+        server.server.call_soon(looked.set)
+        assert looked.wait(PATIENCE)
+
+
+def until_held(server: Running, size: int, other: NbdClient) -> None:
+    """Wait until so many bytes are held; each try waits for the server, which serves `other` meanwhile."""
+    eventually(lambda: other.read(0, 1) == b"\0" and server.server._memory.held > size)
+
+
+def takes_no_replies(client: NbdClient) -> None:
+    with client.batched():
+        for _ in range(8):
+            client.send(Command.READ, 0, 4 * MIB)
+
+
+def sends_no_payload(client: NbdClient) -> None:
+    client.send_bytes(struct.pack(">IHHQQI", 0x25609513, 0, Command.WRITE, 1, 0, 16 * MIB) + bytes(300_000))
+
+
+@pytest.mark.parametrize("stall", [takes_no_replies, sends_no_payload])
+def test_who_keeps_memory_that_others_wait_for_has_to_go(
+    stall: Callable[[NbdClient], None],
+    start_server: StartServer,
+    patience: Clock,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = start_server(Gated(), max_buffered=16 * MIB, stall_timeout=30.0)
+    stalled, small, good = (established(server) for _ in range(3))
+    stall(stalled)
+    until_held(server, 8 * MIB, small)
+    good.send(Command.READ, 0, 16 * MIB)
+    short_of_memory(server, 14 * MIB)
+
+    pass_period(patience, server, 29.0)
+    assert small.read(0, MIB) == bytes(MIB)
+    assert not caplog.messages
+    pass_periods(patience, server, good)
+
+    assert good.reply().data == bytes(16 * MIB)
+    is_closed(stalled)
+    assert "disks[1]: keeps memory that others wait for, and is disconnected" in caplog.messages
+    assert small.read(0, 1) == b"\0"
+
+
+def test_a_list_of_exports_that_nobody_takes_counts_too(start_server: StartServer, patience: Clock) -> None:
+    class Many(Gated):
+        def list_exports(self, client: Client, readonly: bool) -> Iterable[Export]:
+            return [Export(f"{number:01000}") for number in range(10_000)]
+
+    server = start_server(Many(), max_buffered=10 * MIB, stall_timeout=30.0, handshake_timeout=0.0)
+    good, greedy = established(server), server.dial()
+    greedy.greet()
+    greedy.send_option(Option.LIST)
+    until_held(server, 7 * MIB, good)
+    good.send(Command.READ, 0, 10 * MIB)
+    short_of_memory(server, 1)
+
+    pass_periods(patience, server, good)
+
+    assert good.reply().data == bytes(10 * MIB)
+    is_closed(greedy)
+
+
+def test_no_more_have_to_go_than_it_takes(start_server: StartServer, patience: Clock) -> None:
+    server = start_server(Gated(), max_buffered=16 * MIB, stall_timeout=30.0)
+    first, second, good = (established(server) for _ in range(3))
+    for client, count, held in ((first, 5, 8 * MIB), (second, 2, 10 * MIB)):
+        with client.batched():
+            for _ in range(count):
+                client.send(Command.READ, 0, 2 * MIB)
+        until_held(server, held, good)
+    engines = [session._engine for session in server.sessions()[:2]]
+    eventually(lambda: good.read(0, 1) == b"\0" and all(engine is not None and engine._is_full() for engine in engines))
+    good.send(Command.READ, 0, 10 * MIB)
+    short_of_memory(server, 1)
+
+    pass_periods(patience, server, good)
+
+    assert good.reply().data == bytes(10 * MIB)
+    is_closed(first)
+    assert len(second.replies(2)) == 2
+
+
+def test_what_a_back_end_is_slow_at_is_no_clients_fault(
+    start_server: StartServer, patience: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    plugin = Gated()
+    server = start_server(plugin, max_buffered=16 * MIB, stall_timeout=30.0, handshake_timeout=0.0)
+    slow, waiting = (established(server) for _ in range(2))
+    plugin.gate.clear()
+    takes_no_replies(slow)
+    short_of_memory(server, 1)
+    waiting.send(Command.READ, 0, 4 * MIB)
+    short_of_memory(server, 6 * MIB)
+
+    for _ in range(5):
+        pass_period(patience, server)
+    plugin.gate.set()
+
+    assert len(slow.replies(8)) == 8
+    assert waiting.reply().data == bytes(4 * MIB)
+    assert not caplog.messages
+
+
+def test_who_waits_for_memory_does_not_keep_the_server_from_ending(start_server: StartServer) -> None:
+    plugin = Gated()
+    server = start_server(plugin, max_buffered=16 * MIB, stall_timeout=0.0, drain=0.05)
+    stalled, waiting, sending = (established(server) for _ in range(3))
+    takes_no_replies(stalled)
+    short_of_memory(server, 1)
+    waiting.send(Command.READ, 0, 16 * MIB)
+    short_of_memory(server, 14 * MIB)
+    sends_no_payload(sending)
+    short_of_memory(server, 20 * MIB)
+
+    assert server.stop()
+    assert server.server._memory.held == 0
 
 
 # --- no room ---
@@ -583,7 +859,7 @@ def test_without_threads_a_client_is_turned_away_and_the_next_one_served(
 
     assert server.connect().read(0, 1) == CONTENT[:1]
     assert "cannot serve a client: can't start new thread" in caplog.messages
-    assert not server.server._handshakes
+    assert not server.server._connections.handshakes
 
 
 FEW_DESCRIPTORS = """
@@ -784,13 +1060,13 @@ def test_S2_what_is_in_flight_is_finished_and_what_comes_later_refused(
 
 def test_S2_what_workers_have_in_hand_is_answered(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, gate, waits = threading.Semaphore(0), threading.Event(), threading.Event()
-    wait_until_unused = Budget.wait_until_unused
+    finish = budget.Budget.finish
 
-    def noted(self: Budget) -> None:
+    def noted(self: budget.Budget) -> None:
         waits.set()
-        wait_until_unused(self)
+        finish(self)
 
-    monkeypatch.setattr(Budget, "wait_until_unused", noted)
+    monkeypatch.setattr(budget.Budget, "finish", noted)
 
     class Held(Slow):
         def pread(self, count: int, offset: int) -> bytes:

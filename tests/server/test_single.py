@@ -272,6 +272,20 @@ def test_file_is_sent_as_far_as_it_goes(pipes: Pipes, tmp_path: Path, count: int
     assert results == [sent]
 
 
+def test_pipe_is_full_when_the_client_takes_nothing(pipes: Pipes) -> None:
+    assert not pipes.transport.is_full()
+    thread, results = in_a_thread(lambda: pipes.transport.send([bytes(1 << 20)]))
+    read_all(pipes.read, 1 << 19)  # so that it has begun
+    while not pipes.transport.is_full():
+        thread.join(0.001)
+
+    assert read_all(pipes.read, 1 << 19) == bytes(1 << 19)
+    thread.join(PATIENCE)
+
+    assert results == [None]
+    assert not pipes.transport.is_full()
+
+
 def test_file_that_cannot_be_read_sends_nothing_of_it(pipes: Pipes, tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file:
         assert pipes.transport.send_file(b"head", file.fileno(), 0, 10) == 0

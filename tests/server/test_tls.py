@@ -29,6 +29,7 @@ from nbdkitpy_filters.ip import Ip
 from tests.certificates import CLIENT_USE, SERVER_USE, Authority
 from tests.conftest import StartServer
 from tests.nbdclient import PATIENCE, NbdClient, Refused, Style
+from tests.pools import eventually
 from tests.server.test_single import PipeEnds
 from tests.serving import CONTENT, SIZE, Disk, Disks, Running
 
@@ -79,8 +80,7 @@ class Start:
 
 def negotiated(client: NbdClient, style: Style = Style.SIMPLE, *, contexts: bool = False) -> NbdClient:
     """Negotiate without the greeting, which was before TLS."""
-    client.greet = lambda flags=3: 3  # type: ignore[method-assign]
-    return client.negotiate(style, contexts=contexts)
+    return client.negotiate_rest(style, contexts=contexts)
 
 
 @pytest.fixture
@@ -108,6 +108,21 @@ def test_disk_is_served_over_tls(start: Start, style: Style) -> None:
     assert client.read(12345, 17) == CONTENT[12345:12362]
 
     client.disconnect()
+
+
+def test_it_is_told_when_the_client_takes_nothing(start: Start) -> None:
+    running = start()
+    client, other = start.connect(running), start.connect(running)
+    session = running.sessions()[0]
+    assert client.read(0, 1) == CONTENT[:1]
+    assert not session._transport.is_full()
+
+    with client.batched():
+        for _ in range(20):
+            client.send(Command.READ, 0, SIZE)
+
+    eventually(lambda: other.read(0, 1) == CONTENT[:1] and session._transport.is_full())
+    assert len(client.replies(20)) == 20
 
 
 def test_end_is_said_by_close_notify(start: Start) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -118,6 +119,24 @@ def test_tcp_does_not_wait_for_more(tcp: Pair) -> None:
     transport, _ = tcp
 
     assert transport._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.parametrize("network", ["pair", "tcp"])
+def test_a_connection_is_full_when_the_client_takes_nothing(network: str, request: pytest.FixtureRequest) -> None:
+    transport, _ = request.getfixturevalue(network)
+    assert not transport.is_full()
+    transport._socket.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            transport._socket.send(bytes(1 << 16))
+
+    assert transport.is_full()
+
+    transport._socket.setblocking(True)
+    transport.abort()
+    assert not transport.is_full(), "who waits for it is told"
+    transport.close()
+    assert not transport.is_full()
 
 
 # --- files ---

@@ -89,13 +89,14 @@ def test_a_client_that_is_handed_over_is_served_and_its_leaving_told(serving: Se
     assert [session.name for session in serving.worker._sessions] == ["disks[41]"]
     client.disconnect()
 
-    assert serving.hears() == Message(Kind.LEFT, 0, None)
+    assert serving.hears() == Message(Kind.ESTABLISHED, 41, None)
+    assert serving.hears() == Message(Kind.LEFT, 41, None)
 
 
 def test_a_client_without_a_descriptor_counts_as_gone(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
-    serving.main.send(Kind.CLIENT, 1)
+    serving.main.send(Kind.CLIENT, 7)
 
-    assert serving.hears() == Message(Kind.LEFT, 0, None)
+    assert serving.hears() == Message(Kind.LEFT, 7, None)
     assert caplog.messages == ["cannot take a client over: Too many open files"]
     with serving.client().negotiate() as client:
         assert client.read(0, 1) == CONTENT[:1]
@@ -109,14 +110,31 @@ def test_a_client_that_was_never_there_counts_as_gone(
 
     monkeypatch.setattr("nbdkitpy.server.service.describe_client", gone)
 
-    with serving.client() as client:
+    with serving.client(7) as client:
         assert client.at_end()
 
-    assert serving.hears() == Message(Kind.LEFT, 0, None)
+    assert serving.hears() == Message(Kind.LEFT, 7, None)
 
 
-def test_unfinished_handshakes_are_shared_out(serving: Serving) -> None:
-    assert serving.worker.options.max_handshakes == 334
+def test_who_has_to_give_way_does(serving: Serving) -> None:
+    other, unfinished = serving.client(5).negotiate(), serving.client(6)
+    unfinished.greet()
+    assert serving.hears() == Message(Kind.ESTABLISHED, 5, None)
+
+    for number in (6, 7):
+        serving.main.send(Kind.DROP, number)
+
+    assert serving.hears() == Message(Kind.LEFT, 6, None)
+    assert unfinished.at_end()
+    assert other.read(0, 1) == CONTENT[:1]
+    for client in (other, unfinished):
+        client.socket.close()
+
+
+def test_clients_are_not_counted_as_the_main_process_does_that(serving: Serving) -> None:
+    options = serving.worker.options
+
+    assert options.max_connections == options.max_connections_per_source == options.max_handshakes == 0
 
 
 @pytest.mark.parametrize("kind", [Kind.STOP, Kind.ABORT, None])
@@ -133,8 +151,8 @@ def test_it_ends_in_order_when_it_is_told_to_or_left_alone(kind: Kind | None, se
     client.socket.close()
     assert serving.plugin.closed == 1
     if kind is not None:
-        assert [serving.hears(), serving.hears()] == [Message(Kind.LEFT, 0, None), Message(Kind.DONE, 0, None)]
-        assert serving.hears() is None
+        kinds = [message.kind for message in iter(serving.hears, None)]
+        assert kinds == [Kind.ESTABLISHED, Kind.LEFT, Kind.DONE]
 
 
 def test_it_sets_what_was_reloaded(serving: Serving) -> None:

@@ -18,7 +18,7 @@ from nbdkitpy_filters.limit import Limit
 from tests.conftest import StartServer
 from tests.nbdclient import NbdClient, Refused, go_data
 from tests.serving import CONTENT, Disk, Disks, open_descriptors
-from tests.threats.test_past_flaws import meta_data, option
+from tests.threats.hostile import meta_data, option
 
 
 class Writable(Disk):
@@ -116,7 +116,7 @@ class Scene:
         self.dial().negotiate().disconnect()  # accepted after all of them
         self.server.wait_for_sessions(1)
         assert open_descriptors() == self.descriptors
-        assert not self.server.server._handshakes
+        assert not self.server.server._connections.handshakes
         assert self.plugin.opened - self.plugin.closed == 1
         assert [record.getMessage() for record in records if record.exc_info] == []
 

@@ -27,24 +27,12 @@ from tests.conftest import StartServer
 from tests.interop.harness import Server, Servers
 from tests.nbdclient import PATIENCE, NbdClient, Refused, Style, go_data
 from tests.serving import CONTENT, SIZE, Disks
+from tests.threats.hostile import OPTION_MAGIC, meta_data, option
 
 #: Seconds in which something has to happen that should happen at once, on a busy machine.
 AT_ONCE = 5.0
 
-OPTION_MAGIC = b"IHAVEOPT"
-
 STYLES = pytest.mark.parametrize("style", list(Style), ids=lambda style: style.value)
-
-
-def option(number: int, data: bytes = b"", *, length: int | None = None) -> bytes:
-    """An option whose length may be a lie."""
-    return struct.pack(">8sII", OPTION_MAGIC, number, len(data) if length is None else length) + data
-
-
-def meta_data(name: bytes = b"") -> bytes:
-    """The data of LIST_META_CONTEXT and SET_META_CONTEXT."""
-    query = b"base:allocation"
-    return struct.pack(f">I{len(name)}sII", len(name), name, 1, len(query)) + query
 
 
 class Named(Disks):

@@ -18,7 +18,7 @@ from nbdkitpy_plugins.file import FilePlugin
 from tests.conftest import StartServer
 from tests.nbdclient import PATIENCE, NbdClient, Refused, Style, go_data
 from tests.serving import CONTENT, SIZE, Disk, Disks, open_descriptors
-from tests.threats.test_past_flaws import option
+from tests.threats.hostile import option
 
 STYLES = pytest.mark.parametrize("style", list(Style), ids=lambda style: style.value)
 
