@@ -33,6 +33,7 @@ README = ROOT / "README.md"
 CONTRACT = ROOT / "docs" / "contract.md"
 OPTIONS = ROOT / "docs" / "options.md"
 TESTING = ROOT / "docs" / "testing.md"
+TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 UNIT_HEADINGS = ["Synopsis", "Description", "Parameters", "Examples", "Notes", "See also"]
 
@@ -246,6 +247,18 @@ def units_in(code: str) -> list[type[Backend]]:
     return registered(module)
 
 
+def only_plugin_in(code: str) -> type[Backend]:
+    """Run a file that needs neither hook nor name, and return its plugin."""
+    module = type(sys)("example")
+    exec(compile(code, "example", "exec"), vars(module))
+    (plugin,) = [
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Plugin) and each.__module__ == "example"
+    ]
+    return plugin
+
+
 def opened(plugin: type[Backend], filters: list[type[Backend]], **parameters: str) -> Handle:
     """The outermost handle of a stack of examples, with these parameters."""
     inner, outer = plugin(), [cls() for cls in filters]
@@ -267,6 +280,36 @@ def test_plugin_of_the_readme_works() -> None:
     assert handle.get_size() == 1 << 30
     assert handle.pread(3, 4096) == b"\xff\xff\xff"
     assert len([line for line in code.splitlines() if line.strip()]) <= 10
+
+
+def test_tutorial_begins_with_ten_lines_that_serve_a_dictionary() -> None:
+    first, *_ = blocks(TUTORIAL, "python")
+
+    handle = opened(only_plugin_in(first), [])
+
+    assert len([line for line in first.splitlines() if line.strip()]) == 10
+    assert handle.get_size() == 100 << 20
+    assert handle.pread(12, 0) == b"Hello, disk!"
+    assert handle.pread(6, (1 << 20) - 2) == b"\0\0Here"
+    assert handle.pread(1, (100 << 20) - 1) == b"\0"
+
+
+def test_disk_of_the_tutorial_can_be_written_to() -> None:
+    _, second, _ = blocks(TUTORIAL, "python")
+    plugin = only_plugin_in(second)()
+    assert isinstance(plugin, Plugin)
+    handle, other = (plugin.open("", False, Client(1)) for _ in range(2))
+
+    handle.pwrite(memoryview(bytes(range(256)) * 4), 4096, 0)
+
+    assert handle.can_write()
+    assert other.pread(2048, 3584) == bytes(512) + bytes(range(256)) * 4 + bytes(512)
+
+
+def test_tutorial_ends_with_the_plugin_that_ships() -> None:
+    *_, last = blocks(TUTORIAL, "python")
+
+    assert last == (ROOT / "plugins" / "nbdkitpy_plugins" / "example1" / "__init__.py").read_text()
 
 
 def test_plugin_and_filter_of_the_contract_work_together() -> None:

@@ -62,6 +62,10 @@ class TestNull(PluginConformance):
     keeps_data = False
 
 
+class TestExample1(PluginConformance):
+    plugin = "example1"
+
+
 class TestFile(PluginConformance):
     plugin = "file"
 
