@@ -285,7 +285,7 @@ class Handle:
     def extents(self, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
         """Return :class:`~nbdkitpy.Extent` tuples that cover the range or a beginning of it. Flags: ``REQ_ONE``.
 
-        See :func:`nbdkitpy.extents.normalise_extents` for the rules.
+        See :func:`~nbdkitpy.normalise_extents` for the rules.
         """
         raise NotImplementedError(f"{type(self).__name__} does not know its extents")
 
@@ -518,7 +518,7 @@ class Backend:
 
 
 class Plugin(Backend):
-    """Where the bytes live. Override :meth:`open`, and what else is not as the defaults say."""
+    """Where the bytes live. Override :meth:`Backend.open`, and what else is not as the defaults say."""
 
     def magic_config_key(self) -> str | None:
         """Return the key that a bare word on the command line has, or None.

@@ -40,7 +40,7 @@ def normalise_extents(found: Iterable[tuple[int, int, int]], count: int, offset:
 
     The first extent may begin before `offset`, each further one must begin where the one before it ended. Extents
     of length zero are skipped, parts outside the range are cut off, equal neighbours become one, and at most
-    :data:`MAX_EXTENTS` are kept. The answer may end before the range does, but has at least one extent, which
+    ``MAX_EXTENTS`` are kept. The answer may end before the range does, but has at least one extent, which
     begins at `offset`.
 
     Raises:

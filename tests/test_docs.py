@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import re
 import shlex
 import subprocess
@@ -20,6 +19,7 @@ import nbdkitpy
 from nbdkitpy import Backend, Client, Filter, FilterHandle, Handle, Plugin, hookspecs, testing
 from nbdkitpy.stack import Stack
 from nbdkitpy.testing.conformance import KINDS
+from tests.documents import MADE, MARKDOWN, ROOT, blocks, headings, named, prose, repository_files, section_of
 from tests.environment import without_coverage
 from tests.serving import NoServer
 
@@ -28,44 +28,17 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 CONTRACT = ROOT / "docs" / "contract.md"
 OPTIONS = ROOT / "docs" / "options.md"
+REFERENCE = ROOT / "docs" / "reference.md"
+FROM_NBDKIT = ROOT / "docs" / "coming-from-nbdkit.md"
 TESTING = ROOT / "docs" / "testing.md"
 TUTORIAL = ROOT / "docs" / "tutorial.md"
+WRITING_A_PLUGIN = ROOT / "docs" / "writing-a-plugin.md"
+WRITING_A_FILTER = ROOT / "docs" / "writing-a-filter.md"
 
 UNIT_HEADINGS = ["Synopsis", "Description", "Parameters", "Examples", "Notes", "See also"]
-
-#: Directories that hold what was made, not what was written.
-MADE = re.compile(r"\.(?!ci$).*|build|dist|htmlcov|__pycache__|.*\.egg-info")
-
-
-def repository_files() -> Iterator[Path]:
-    for directory, subdirectories, files in os.walk(ROOT):
-        subdirectories[:] = [name for name in subdirectories if not MADE.fullmatch(name)]
-        yield from (Path(directory, name) for name in files if not name.startswith(".coverage"))
-
-
-MARKDOWN = sorted(path for path in repository_files() if path.suffix == ".md")
-
-
-def named(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
-def prose(path: Path) -> str:
-    """The text of a page without its blocks of code."""
-    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
-    return re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
-
-
-def headings(path: Path, level: int) -> list[str]:
-    return re.findall(rf"^{'#' * level} (.+)$", prose(path), re.MULTILINE)
-
-
-def blocks(path: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
 
 
 # --- the command line -----------------------------------------------------------------------------------------------
@@ -221,7 +194,7 @@ def test_contract_documents_every_member_and_no_other() -> None:
 
 
 def test_contract_documents_every_hook_and_no_other() -> None:
-    section = CONTRACT.read_text().partition("\n## Hooks\n")[2].partition("\n## ")[0]
+    section = section_of(CONTRACT, "Hooks")
 
     assert rows(section) == [written(name, getattr(hookspecs, name), method=False) for name in hook_names()]
 
@@ -240,23 +213,33 @@ def test_contract_mentions_everything_that_units_may_import() -> None:
     assert not [name for name in nbdkitpy.__all__ if name != "__version__" and not re.search(rf"\b{name}\b", page)]
 
 
+def test_reference_has_everything_that_may_be_imported_and_no_more() -> None:
+    directives = re.findall(r"^\.\. (?:auto|py:)\w+:: (\w+)$", REFERENCE.read_text(), re.MULTILINE)
+
+    public = [name for name in nbdkitpy.__all__ if name != "__version__"]
+    assert sorted(directives) == sorted([*public, *testing.__all__, *hook_names()])
+
+
+def run(code: str) -> Any:
+    """Run an example, and return the module that it makes."""
+    module = type(sys)("example")
+    exec(compile(code, "example", "exec"), vars(module))
+    return module
+
+
 def units_in(code: str) -> list[type[Backend]]:
     """Run an example, and return the classes that it registers."""
-    module = type(sys)("example")
-    exec(compile(code, "example", "exec"), vars(module))
-    return registered(module)
+    return registered(run(code))
 
 
-def only_plugin_in(code: str) -> type[Backend]:
-    """Run a file that needs neither hook nor name, and return its plugin."""
-    module = type(sys)("example")
-    exec(compile(code, "example", "exec"), vars(module))
-    (plugin,) = [
+def only_unit_in(code: str, kind: type[Backend]) -> type[Backend]:
+    """Run a file that needs neither hook nor name, and return its plugin or filter."""
+    (unit,) = [
         each
-        for each in vars(module).values()
-        if isinstance(each, type) and issubclass(each, Plugin) and each.__module__ == "example"
+        for each in vars(run(code)).values()
+        if isinstance(each, type) and issubclass(each, kind) and each.__module__ == "example"
     ]
-    return plugin
+    return unit
 
 
 def opened(plugin: type[Backend], filters: list[type[Backend]], **parameters: str) -> Handle:
@@ -285,7 +268,7 @@ def test_plugin_of_the_readme_works() -> None:
 def test_tutorial_begins_with_ten_lines_that_serve_a_dictionary() -> None:
     first, *_ = blocks(TUTORIAL, "python")
 
-    handle = opened(only_plugin_in(first), [])
+    handle = opened(only_unit_in(first, Plugin), [])
 
     assert len([line for line in first.splitlines() if line.strip()]) == 10
     assert handle.get_size() == 100 << 20
@@ -296,7 +279,7 @@ def test_tutorial_begins_with_ten_lines_that_serve_a_dictionary() -> None:
 
 def test_disk_of_the_tutorial_can_be_written_to() -> None:
     _, second, _ = blocks(TUTORIAL, "python")
-    plugin = only_plugin_in(second)()
+    plugin = only_unit_in(second, Plugin)()
     assert isinstance(plugin, Plugin)
     handle, other = (plugin.open("", False, Client(1)) for _ in range(2))
 
@@ -312,40 +295,53 @@ def test_tutorial_ends_with_the_plugin_that_ships() -> None:
     assert last == (ROOT / "plugins" / "nbdkitpy_plugins" / "example1" / "__init__.py").read_text()
 
 
-def test_plugin_and_filter_of_the_contract_work_together() -> None:
-    ones, quiet, _ = blocks(CONTRACT, "python")
+def test_filter_of_ten_lines_changes_what_the_tutorial_serves() -> None:
+    disk, *_ = blocks(TUTORIAL, "python")
+    loud, _ = blocks(WRITING_A_FILTER, "python")
 
-    (plugin,), (filter_,) = units_in(ones), units_in(quiet)
-    handle = opened(plugin, [filter_], size="1M", until="0")
+    handle = opened(only_unit_in(disk, Plugin), [only_unit_in(loud, Filter)])
+
+    assert len([line for line in loud.splitlines() if line.strip()]) <= 10
+    assert handle.pread(12, 0) == b"HELLO, DISK!"
+
+
+def written_plugin() -> type[Backend]:
+    (code,) = blocks(WRITING_A_PLUGIN, "python")
+    (plugin,) = units_in(code)
+    return plugin
+
+
+def written_filter() -> type[Backend]:
+    _, code = blocks(WRITING_A_FILTER, "python")
+    (filter_,) = units_in(code)
+    return filter_
+
+
+def test_plugin_and_filter_that_are_written_work_together() -> None:
+    handle = opened(written_plugin(), [written_filter()], size="1M", until="0")
 
     assert handle.get_size() == 1 << 20
     assert handle.pread(3, 4096) == b"\xff\xff\xff"
     assert vars(handle)["read"] == 3
 
 
-def test_filter_of_the_contract_refuses_clients() -> None:
-    ones, quiet, _ = blocks(CONTRACT, "python")
-    (plugin,), (filter_,) = units_in(ones), units_in(quiet)
-
+def test_filter_that_is_written_refuses_clients() -> None:
     with pytest.raises(OSError, match="not time yet"):
-        opened(plugin, [filter_], size="1M", until="24")
+        opened(written_plugin(), [written_filter()], size="1M", until="24")
 
 
-def test_package_of_the_contract_names_its_examples() -> None:
-    (text,) = blocks(CONTRACT, "toml")
-    ones, quiet, _ = blocks(CONTRACT, "python")
+def test_package_names_what_is_written() -> None:
+    (text,) = blocks(WRITING_A_PLUGIN, "toml")
 
     points = tomllib.loads(text)["project"]["entry-points"]
 
-    assert list(points["nbdkitpy.plugins"]) == [cls.name for cls in units_in(ones)]
-    assert list(points["nbdkitpy.filters"]) == [cls.name for cls in units_in(quiet)]
+    assert list(points["nbdkitpy.plugins"]) == [written_plugin().name]
+    assert list(points["nbdkitpy.filters"]) == [written_filter().name]
 
 
 def test_parameters_of_the_contract_are_as_its_comments_say() -> None:
-    *_, sketch = blocks(CONTRACT, "python")
-    module = type(sys)("example")
-    exec(compile(sketch, "example", "exec"), vars(module))
-    unit: Any = vars(module)["Sketch"]()
+    sketch = next(code for code in blocks(CONTRACT, "python") if "class Sketch" in code)
+    unit: Any = run(sketch).Sketch()
 
     for key, value in [("size", "1k"), ("deny", "1"), ("deny", "2"), ("keep-open", "no")]:
         assert unit.config(key, value)
@@ -353,6 +349,53 @@ def test_parameters_of_the_contract_are_as_its_comments_say() -> None:
 
     assert (unit.size, unit.mode, unit.depth, unit.strict) == (1024, "safe", 4, False)
     assert (unit.keep_open, unit.index, unit.deny) == (False, None, (1, 2))
+
+
+# --- coming from nbdkit ---------------------------------------------------------------------------------------------
+
+
+def test_options_of_nbdkit_are_ours_too() -> None:
+    table = section_of(FROM_NBDKIT, "The command line").partition("| nbdkit | nbdkitpy |\n")[2]
+    options = re.findall(r"`(--[\w-]+)`", "".join(re.findall(r"^\|([^|]*)\|", table, re.MULTILINE)))
+
+    assert len(options) > 30
+    assert not set(options) - frozenset().union(*options_of_the_program())
+
+
+def test_methods_beside_callbacks_of_nbdkit_are_there_and_none_of_a_handle_is_left_out() -> None:
+    page = section_of(FROM_NBDKIT, "Callbacks")
+    members = set(members_of_the_contract())
+    inherited = {
+        f"{cls}.{member.partition('.')[2]}" for cls in ("Plugin", "Filter", "FilterHandle") for member in members
+    }
+    beside = set(re.findall(r"`((?:Plugin|Filter|Handle|FilterHandle)\.\w+(?:\([^)`]*\))?)`", page))
+
+    assert not beside - members - inherited
+    assert not {each for each in members if re.match(r"Handle\.\w+\(", each)} - {"Handle.overrides(verb)"} - beside
+
+
+def test_functions_beside_those_of_nbdkit_can_be_imported() -> None:
+    table = section_of(FROM_NBDKIT, "Callbacks").partition("Functions:")[2]
+    ours = re.findall(r"`(parse_\w+|integer|read_password|ConfigError|Parameter)\b", table)
+    fields = re.findall(r"`client\.(\w+)", table)
+
+    assert len(ours) > 8
+    assert not set(ours) - set(nbdkitpy.__all__)
+    assert not [name for name in fields if not hasattr(Client, name)]
+
+
+def test_script_and_plugin_side_by_side_serve_the_same(tmp_path: Path) -> None:
+    script, plugin = (tmp_path / "ramdisk.py", tmp_path / "ramdisk_plugin.py")
+    for path, code in zip((script, plugin), blocks(FROM_NBDKIT, "python")):
+        path.write_text(code)
+
+    for word, parameters in (("python", {"script": script}), (str(plugin), {})):
+        server = nbdkitpy.serve(word, {**parameters, "size": "10M"}, listen=False)
+        with server, testing.NbdClient(server) as client:
+            client.pwrite(b"words", 5000)
+
+            assert client.size == 10 << 20
+            assert client.pread(10, 4998) == b"\0\0words\0\0\0"
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------

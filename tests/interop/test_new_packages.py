@@ -15,7 +15,10 @@ from tests.interop.harness import Tool, run
 
 pytestmark = pytest.mark.interop
 
-CONTRACT = Path(__file__).parents[2] / "docs" / "contract.md"
+DOCS = Path(__file__).parents[2] / "docs"
+
+#: Pages whose examples are typed.
+TYPED = [DOCS / "writing-a-plugin.md", DOCS / "writing-a-filter.md", DOCS / "contract.md"]
 
 PLUGIN, FILTER = "stranger-disk", "stranger-guard"
 
@@ -65,7 +68,8 @@ def test_they_have_types_and_so_have_the_examples_of_the_contract(packages: Path
     needs("mypy")
     mypy = [sys.executable, "-m", "mypy", f"--cache-dir={tmp_path}/cache"]
     plugin, guard = (packages / f"nbdkitpy-{name}" for name in (PLUGIN, FILTER))
-    examples = re.findall(r"^```python\n(.*?)^```$", CONTRACT.read_text(), re.MULTILINE | re.DOTALL)
+    found = [re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL) for page in TYPED]
+    examples = [example for page in found for example in page if "def " not in example or ") -> " in example]
     for number, example in enumerate(examples):
         (tmp_path / f"example{number}.py").write_text(example)
     others = [*tmp_path.glob("*.py"), *guard.rglob("*.py")]

@@ -24,11 +24,11 @@ from nbdkitpy.server.listener import listen
 from nbdkitpy.server.options import Endpoint, Transport
 from nbdkitpy_filters.ip import Ip
 from tests.conftest import StartServer
+from tests.documents import MARKDOWN
 from tests.environment import NBDKITPY
 from tests.interop.harness import PATIENCE
 from tests.nbdclient import NbdClient
 from tests.serving import CONTENT, Disks, Running
-from tests.test_docs import MARKDOWN
 
 NOBODY = 65534
 
