@@ -53,7 +53,7 @@ lint: $(VENV)/tests  ## Check style and types
 	$(BIN)/mypy
 
 docs: $(VENV)/docs  ## Make the site and the manual pages, in build/html and build/man
-	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees -b html . build/html
+	$(BIN)/sphinx-build -q -E -W --keep-going -c docs -d build/doctrees -b html . build/html
 	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees -b man . build/man
 
 bench: $(VENV)/runs  ## Compare with nbdkit, side by side, or what BENCH says: make bench BENCH="--peer qemu-nbd"

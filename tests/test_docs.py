@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -396,6 +397,20 @@ def test_script_and_plugin_side_by_side_serve_the_same(tmp_path: Path) -> None:
 
             assert client.size == 10 << 20
             assert client.pread(10, 4998) == b"\0\0words\0\0\0"
+
+
+# --- the site and the manual pages ----------------------------------------------------------------------------------
+
+
+def test_every_unit_has_a_manual_page_made_of_its_readme() -> None:
+    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    pages = {name: (ROOT / f"{source}.md", summary) for source, name, summary, _, _ in conf["man_pages"]}
+
+    for kind, name, _ in entry_points():
+        path, summary = pages.pop(f"nbdkitpy-{name}-{kind}")
+        assert path == unit_readme(kind, name)
+        assert re.fullmatch(r"[a-z].*[^.]", summary)
+    assert list(pages) == ["nbdkitpy", "nbdkitpy-service"]
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------
