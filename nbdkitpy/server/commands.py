@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from nbdkitpy.backend import Buffer, Flags
 from nbdkitpy.exceptions import describe
@@ -16,7 +17,10 @@ from nbdkitpy.protocol.transmission import Request
 from nbdkitpy.server.checks import checked_data, error_number, locked, normalised, reason
 from nbdkitpy.stack import OpenExport
 
-__all__ = ["VERBS", "Commands", "is_hole"]
+__all__ = ["ARGUMENTS", "VERBS", "Commands", "Log", "is_hole"]
+
+#: Where errors go.
+Log: TypeAlias = "logging.Logger | logging.LoggerAdapter[logging.Logger]"
 
 #: Which verb of a handle carries out a command.
 VERBS: dict[int, str] = {
@@ -36,7 +40,9 @@ _MOST_PIECES = 32
 # Plain numbers: operations on members of an enum take many times as long.
 _WIRE_FUA = int(CommandFlag.FUA)
 _WIRE_DF = int(CommandFlag.DF)
+_WIRE_REQ_ONE = int(CommandFlag.REQ_ONE)
 _FUA = int(Flags.FUA)
+_REQ_ONE = int(Flags.REQ_ONE)
 _ZERO = int(ExtentType.ZERO)
 
 
@@ -51,9 +57,7 @@ class Commands:
         name: Of the connection, for the log.
     """
 
-    def __init__(
-        self, export: OpenExport, replies: Replies, lock: threading.Lock | None, log: logging.Logger, name: str
-    ) -> None:
+    def __init__(self, export: OpenExport, replies: Replies, lock: threading.Lock | None, log: Log, name: str) -> None:
         handle = export.handle
         self._replies = replies
         self._log = log
@@ -64,10 +68,12 @@ class Commands:
         #: The verbs, as they are to be called.
         self.pread = locked(handle.pread, lock)
         self.pwrite = locked(handle.pwrite, lock)
-        self._flush = locked(handle.flush, lock)
-        self._trim = locked(handle.trim, lock)
-        self._zero = locked(handle.zero, lock)
-        self._cache = locked(handle.cache, lock)
+        self._others: dict[int, Callable[..., None]] = {
+            Command.FLUSH: locked(handle.flush, lock),
+            Command.TRIM: locked(handle.trim, lock),
+            Command.WRITE_ZEROES: locked(handle.zero, lock),
+            Command.CACHE: locked(handle.cache, lock),
+        }
         self._extents = locked(normalised(handle.extents), lock)
 
     def perform(self, request: Request) -> list[Buffer]:
@@ -127,46 +133,59 @@ class Commands:
         self.pwrite(request.payload, request.offset, _FUA if request.flags & _WIRE_FUA else 0)
         return [self._replies.success(request.cookie, request.offset)]
 
-    def _do_flush(self, request: Request) -> list[Buffer]:
-        self._flush()
-        return [self._replies.success(request.cookie, request.offset)]
-
-    def _do_trim(self, request: Request) -> list[Buffer]:
-        self._trim(request.length, request.offset, _FUA if request.flags & _WIRE_FUA else 0)
-        return [self._replies.success(request.cookie, request.offset)]
-
-    def _do_cache(self, request: Request) -> list[Buffer]:
-        self._cache(request.length, request.offset)
-        return [self._replies.success(request.cookie, request.offset)]
-
-    def _do_zero(self, request: Request) -> list[Buffer]:
-        flags = Flags.NONE if request.flags & CommandFlag.NO_HOLE else Flags.MAY_TRIM
-        if request.flags & _WIRE_FUA:
-            flags |= Flags.FUA
-        if request.flags & CommandFlag.FAST_ZERO:
-            flags |= Flags.FAST_ZERO
-        self._zero(request.length, request.offset, int(flags))
+    def _do_other(self, request: Request) -> list[Buffer]:
+        self._others[request.command](*ARGUMENTS[request.command](request))
         return [self._replies.success(request.cookie, request.offset)]
 
     def _do_block_status(self, request: Request) -> list[Buffer]:
-        _, flags, cookie, offset, length, _ = request
-        first_only = flags & CommandFlag.REQ_ONE
         if self._knows_extents:
-            extents = self._extents(length, offset, int(Flags.REQ_ONE) if first_only else 0)
-        else:
-            extents = [Extent(offset, length)]
-        told = [(extent.length, extent.type) for extent in (extents[:1] if first_only else extents)]
-        return [self._replies.block_status(cookie, offset, told)]
+            return self.status(request, self._extents(*ARGUMENTS[Command.BLOCK_STATUS](request)))
+        return self.status(request, [Extent(request.offset, request.length)])
+
+    def status(self, request: Request, extents: list[Extent]) -> list[Buffer]:
+        """Return the reply that tells a client of the extents that it asked for."""
+        told = extents[:1] if request.flags & _WIRE_REQ_ONE else extents
+        pairs = [(extent.length, extent.type) for extent in told]
+        return [self._replies.block_status(request.cookie, request.offset, pairs)]
 
 
 _WORK: dict[int, Callable[[Commands, Request], list[Buffer]]] = {
     Command.READ: Commands._do_read,
     Command.WRITE: Commands._do_write,
-    Command.FLUSH: Commands._do_flush,
-    Command.TRIM: Commands._do_trim,
-    Command.CACHE: Commands._do_cache,
-    Command.WRITE_ZEROES: Commands._do_zero,
+    Command.FLUSH: Commands._do_other,
+    Command.TRIM: Commands._do_other,
+    Command.CACHE: Commands._do_other,
+    Command.WRITE_ZEROES: Commands._do_other,
     Command.BLOCK_STATUS: Commands._do_block_status,
+}
+
+
+def _fua(request: Request) -> int:
+    return _FUA if request.flags & _WIRE_FUA else 0
+
+
+def _zero_flags(request: Request) -> int:
+    flags = Flags.NONE if request.flags & CommandFlag.NO_HOLE else Flags.MAY_TRIM
+    if request.flags & _WIRE_FUA:
+        flags |= Flags.FUA
+    if request.flags & CommandFlag.FAST_ZERO:
+        flags |= Flags.FAST_ZERO
+    return int(flags)
+
+
+#: What the verb of a command is called with.
+ARGUMENTS: dict[int, Callable[[Request], tuple[Any, ...]]] = {
+    Command.READ: lambda request: (request.length, request.offset),
+    Command.WRITE: lambda request: (request.payload, request.offset, _fua(request)),
+    Command.FLUSH: lambda request: (),
+    Command.TRIM: lambda request: (request.length, request.offset, _fua(request)),
+    Command.CACHE: lambda request: (request.length, request.offset),
+    Command.WRITE_ZEROES: lambda request: (request.length, request.offset, _zero_flags(request)),
+    Command.BLOCK_STATUS: lambda request: (
+        request.length,
+        request.offset,
+        _REQ_ONE if request.flags & _WIRE_REQ_ONE else 0,
+    ),
 }
 
 

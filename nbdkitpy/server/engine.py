@@ -6,7 +6,6 @@ answers them all with one gather write. What may have to wait goes to workers, w
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -21,14 +20,14 @@ from nbdkitpy.protocol.transmission import Request, Transmission
 from nbdkitpy.server.batch import FULL, Batch
 from nbdkitpy.server.budget import Budget, CancelledError
 from nbdkitpy.server.checks import checked_data
-from nbdkitpy.server.commands import VERBS, Commands
+from nbdkitpy.server.commands import VERBS, Commands, Log
 from nbdkitpy.server.reads import Reads
 from nbdkitpy.server.sender import Sender
 from nbdkitpy.server.transport import Stream
 from nbdkitpy.server.workers import Pace, Workers
 from nbdkitpy.stack import OpenExport
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "cost_of"]
 
 #: What a request in the hands of workers counts for beyond its data.
 _REQUEST_COST = 64 << 10
@@ -77,7 +76,7 @@ class Engine:
         *,
         threads: int,
         lock: threading.Lock | None,
-        log: logging.Logger,
+        log: Log,
         name: str,
         budget: Budget,
         idle_timeout: float = 0.0,
@@ -316,18 +315,28 @@ class Engine:
 
     def _hand_over(self, request: Request) -> None:
         """Give a request to the workers, when there is room for one more."""
+        taken = self._take_in_hand(request)
+        if taken is not None:
+            self._workers.put(taken)
+
+    def _take_in_hand(self, request: Request) -> Request | None:
+        """Return a request as others may have it, when there is room for one more; None if nobody is to.
+
+        Raises:
+            CancelledError: nobody waits for room any more.
+        """
         if self._is_left:
             self._put_aside(request)
-            return
+            return None
         if request.command == _READ and self._budget.is_cancelled:
-            return  # there is nobody to take it
+            return None  # there is nobody to take it
         has_payload = False
         if request.payload:
             kept = self._transmission.keep_payload(request.payload)
             has_payload = kept is request.payload
             request = request._replace(payload=kept)
-        self._budget.take(_cost(request), has_payload=has_payload)
-        self._workers.put(request)
+        self._budget.take(cost_of(request), has_payload=has_payload)
+        return request
 
     def _put_aside(self, request: Request) -> None:
         if request.payload:
@@ -338,22 +347,34 @@ class Engine:
         """What a worker does with one request."""
         pieces: Sequence[Buffer] = ()
         try:
-            if self._is_at_end or self._sender.broken:
-                self._look_out()
-            if self._is_left:
-                self._postponed.append(request)
-            else:
+            if not self._puts_aside(request):
                 durable = request.flags & _WIRE_FUA and request.command != _READ
                 pieces = self._timed(request, self._paces[Command.FLUSH if durable else request.command])
-        except BaseException as error:  # not even a reply could be made of it, for want of memory perhaps
-            self._transport.abort()
-            self._log.error("%s: %s", self._name, describe(error))
-        cost = _cost(request)
-        if request.command == _BLOCK_STATUS:  # whose reply is seldom as long as it could be
-            less = min(cost, _REQUEST_COST + sum(map(len, pieces)))
-            self._budget.give(cost - less)
-            cost = less
-        self._sender.post(pieces, cost)
+        except BaseException as error:
+            self._cannot_answer(error)
+        self._sender.post(pieces, self._cost_of_reply(request, pieces))
+
+    def _puts_aside(self, request: Request) -> bool:
+        """Put a request aside that is about to begin, if the client has gone. In any thread."""
+        if self._is_at_end or self._sender.broken:
+            self._look_out()
+        if self._is_left:
+            self._postponed.append(request)
+        return self._is_left
+
+    def _cannot_answer(self, error: BaseException) -> None:
+        """Break the connection, as not even a reply could be made of `error`, for want of memory perhaps."""
+        self._transport.abort()
+        self._log.error("%s: %s", self._name, describe(error))
+
+    def _cost_of_reply(self, request: Request, pieces: Sequence[Buffer]) -> int:
+        """Return what a request counts for until its reply is sent, and give back the rest."""
+        cost = cost_of(request)
+        if request.command != _BLOCK_STATUS:
+            return cost
+        less = min(cost, _REQUEST_COST + sum(map(len, pieces)))  # it is seldom as long as it could be
+        self._budget.give(cost - less)
+        return less
 
     def _timed(self, request: Request, pace: Pace) -> list[Buffer]:
         begin = time.perf_counter()
@@ -371,7 +392,8 @@ class Engine:
             self._log.info("%s: gone, %d requests that had not begun are dropped", self._name, len(postponed))
 
 
-def _cost(request: Request) -> int:
+def cost_of(request: Request) -> int:
+    """Return how many bytes a request counts for while somebody is at work on it."""
     # What no data goes with counts for itself only: a TRIM of a terabyte is no larger than one of a block.
     if request.command in (Command.READ, Command.WRITE):
         return _REQUEST_COST + request.length

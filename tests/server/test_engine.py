@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import array
-import asyncio
 import errno
 import os
 import random
@@ -26,7 +24,9 @@ from nbdkitpy.server.checks import checked_data, checked_range
 from nbdkitpy.server.commands import Commands
 from nbdkitpy.server.engine import Engine
 from nbdkitpy.server.transport import SocketTransport
+from tests.budgets import Waiting, watched_budget
 from tests.conftest import StartServer, StartSession
+from tests.misdeeds import BAD_DATA, GOOD_DATA, RAISED, Unprintable
 from tests.nbdclient import PATIENCE, NbdClient, Reply, Style
 from tests.serving import CONTENT, SIZE, Disk, Disks, Solo
 
@@ -1042,44 +1042,6 @@ def test_R7_CVE_2023_5871_extents_are_cut_to_the_request_however_long_they_are(
 # --- what a backend may raise ---
 
 
-class Unprintable(Exception):
-    def __str__(self) -> str:
-        raise SystemExit(3)
-
-
-class UnprintableOs(OSError):
-    def __str__(self) -> str:
-        raise SystemExit(3)
-
-
-class Odd(BaseException):
-    pass
-
-
-RAISED: list[tuple[BaseException, NbdError]] = [
-    (OSError(errno.EIO, "broken"), NbdError.EIO),
-    (OSError(errno.ENOSPC, "full"), NbdError.ENOSPC),
-    (OSError(errno.EACCES, "locked"), NbdError.EPERM),
-    (OSError(errno.EOVERFLOW, "too much"), NbdError.EINVAL),
-    (OSError(errno.ENODEV, "gone"), NbdError.EINVAL),
-    (OSError("no number"), NbdError.EIO),
-    (OSError("errno", 5), NbdError.EIO),
-    (OSError([], Unprintable()), NbdError.EIO),
-    (UnprintableOs(errno.ENOSPC, "full"), NbdError.ENOSPC),
-    (ValueError("wrong"), NbdError.EIO),
-    (KeyError("missing"), NbdError.EIO),
-    (MemoryError(), NbdError.EIO),
-    (RecursionError(), NbdError.EIO),
-    (SystemExit(1), NbdError.EIO),
-    (KeyboardInterrupt(), NbdError.EIO),
-    (GeneratorExit(), NbdError.EIO),
-    (StopIteration(), NbdError.EIO),
-    (asyncio.CancelledError(), NbdError.EIO),
-    (Odd(), NbdError.EIO),
-    (Unprintable(), NbdError.EIO),
-]
-
-
 def raising(verb: str, error: BaseException, base: type[Whole]) -> type[Whole]:
     def fail(self: Whole, *args: object) -> None:
         self.noted(verb, *args)
@@ -1177,37 +1139,6 @@ def test_R9_some_errors_are_for_some_flags_only(
 # --- what a backend may return ---
 
 
-class Length(bytes):
-    """Bytes that lie about their number."""
-
-    def __len__(self) -> int:
-        return 4096
-
-
-def released() -> memoryview:
-    view = memoryview(bytes(4096))
-    view.release()
-    return view
-
-
-BAD_DATA: list[object] = [
-    None,
-    b"",
-    bytearray(),
-    bytes(4095),
-    bytes(4097),
-    bytearray(4095),
-    memoryview(bytes(4097)),
-    "x" * 4096,
-    [0] * 4096,
-    4096,
-    array.array("B", bytes(4096)),
-    memoryview(array.array("I", [0] * 4096)),
-    memoryview(bytes(8192))[::2],
-    Length(b"short"),
-    released(),
-    object(),
-]
 BAD = pytest.mark.parametrize("data", BAD_DATA, ids=lambda data: f"{type(data).__name__}")
 
 
@@ -1274,17 +1205,6 @@ def test_the_same_of_a_part_between_holes(data: object, style: Style, serve: Ser
     assert client.read(8192, 4096) == disk.store[8192:12288]
 
 
-GOOD_DATA: list[object] = [
-    CONTENT[:4096],
-    bytearray(CONTENT[:4096]),
-    memoryview(CONTENT)[:4096],
-    memoryview(bytearray(CONTENT))[:4096],
-    memoryview(array.array("I", CONTENT[:4096])),
-    memoryview(CONTENT[:4096]).cast("B", (64, 64)),
-    type("Text", (bytes,), {})(CONTENT[:4096]),
-]
-
-
 @pytest.mark.parametrize("data", GOOD_DATA, ids=lambda data: type(data).__name__)
 @ALL_STYLES
 def test_every_kind_of_buffer_is_sent_as_its_bytes(data: object, style: Style, serve: Serve) -> None:
@@ -1324,30 +1244,10 @@ def test_an_exception_is_described_whatever_it_does() -> None:
 # --- nothing piles up ---
 
 
-class Waiting(Budget):
-    """Says when somebody has to wait."""
-
-    waits: threading.Event
-    most = 0
-
-    def _fits(self, cost: int, has_payload: bool) -> bool:
-        fits = super()._fits(cost, has_payload)
-        if not fits:
-            self.waits.set()
-        return fits
-
-    def take(self, cost: int, *, has_payload: bool = False) -> None:
-        super().take(cost, has_payload=has_payload)
-        Waiting.most = max(Waiting.most, self._used + self._payload)
-
-
 @pytest.fixture
 def budget(monkeypatch: pytest.MonkeyPatch) -> type[Waiting]:
     """Budgets of connections, and an event that is set when one is used up."""
-    monkeypatch.setattr(session, "Budget", Waiting)
-    monkeypatch.setattr(Waiting, "waits", threading.Event(), raising=False)
-    monkeypatch.setattr(Waiting, "most", 0)
-    return Waiting
+    return watched_budget(monkeypatch)
 
 
 class Cold(Whole):
@@ -1547,7 +1447,7 @@ def test_a_large_read_for_workers_counts_once(serve: Serve, costs: list[int], to
 def test_a_request_counts_for_the_memory_that_it_may_take(command: Command, length: int, cost: int) -> None:
     request = Request(command, 0, 1, 0, length, memoryview(b""))
 
-    assert module._cost(request) == cost + (64 << 10)
+    assert module.cost_of(request) == cost + (64 << 10)
 
 
 # --- quiet times ---
