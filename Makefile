@@ -23,7 +23,7 @@ MACHINE := qemu-system-x86 mmdebstrap genext2fs e2fsprogs
 
 # Coverage, lines and branches, in per cent: of everything, and of the files that are to have all of it.
 COVERED := 95
-COVERED_WHOLLY := nbdkitpy/protocol/*,nbdkitpy/backend.py,nbdkitpy/stack.py,nbdkitpy/registry.py,nbdkitpy/located.py,nbdkitpy/modules.py
+COVERED_WHOLLY := nbdkitpy/protocol/*,nbdkitpy/backend.py,nbdkitpy/coroutines.py,nbdkitpy/stack.py,nbdkitpy/registry.py,nbdkitpy/located.py,nbdkitpy/modules.py
 
 # $(call apt,PACKAGES) installs them where root may, and says what to type where not.
 apt = { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \

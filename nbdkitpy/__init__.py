@@ -7,6 +7,8 @@ programs that serve them.
 from typing import TYPE_CHECKING
 
 from nbdkitpy.backend import (
+    AsyncHandle,
+    AsyncPlugin,
     Backend,
     BlockSize,
     Buffer,
@@ -60,6 +62,8 @@ else:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncHandle",
+    "AsyncPlugin",
     "Backend",
     "BlockSize",
     "Buffer",

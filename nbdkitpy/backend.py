@@ -14,17 +14,20 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from nbdkitpy.exceptions import ConfigError
 from nbdkitpy.parameters import Parameter
 
 __all__ = [
+    "AsyncHandle",
+    "AsyncPlugin",
     "Backend",
     "BlockSize",
     "Buffer",
     "Client",
+    "CoroutineRunner",
     "Export",
     "Family",
     "FileRange",
@@ -41,6 +44,8 @@ __all__ = [
 
 #: What a read may return: anything whose bytes can be sent as they lie in memory.
 Buffer: TypeAlias = bytes | bytearray | memoryview
+
+T = TypeVar("T")
 
 
 class ThreadModel(enum.IntEnum):
@@ -174,31 +179,15 @@ class ServerControl(Protocol):
         """
 
 
-class Handle:
-    """One open export of one client: override what the storage can do natively, and leave out the rest.
+class _Questions:
+    """What an open export is asked about itself, whether its verbs are plain or coroutines.
 
-    Only :meth:`get_size` and :meth:`pread` are required. What a handle can do is inferred from what it overrides;
-    override ``can_*`` where that is not the truth. Each is asked once, when the export is opened, in the order in
-    which they stand here.
-
-    Ranges and flags that reach a verb have been checked: the range lies within the export and is not empty, and only
-    flags of :class:`Flags` arrive that the capabilities allow.
+    Each question is asked once, when the export is opened, in the order in which they stand here.
     """
 
-    #: Verbs that never wait for anything but the processor, by name. The thread that reads requests calls these
-    #: itself without a second thought; of others it finds out how long they take.
-    inline: ClassVar[frozenset[str]] = frozenset()
+    if TYPE_CHECKING:  # each of the two has its own
 
-    #: Reads ask :meth:`extents` for holes, which are then told to the client in place of their zeroes.
-    sparse: bool = False
-
-    #: ``pread_into(buffer, offset)``: fill `buffer` from `offset` on and return True, or return False where that would
-    #: wait for a device, or something is wrong with it: then :meth:`pread` is called. Optional.
-    pread_into: Callable[[memoryview, int], bool] | None = None
-
-    #: ``file_range(count, offset)``: where the range lies in a file, so that it can be sent without being copied, or
-    #: None if it is not at hand without waiting. Optional.
-    file_range: Callable[[int, int], FileRange | None] | None = None
+        def overrides(self, verb: str) -> bool: ...
 
     def get_size(self) -> int:
         """Return the size of the export in bytes, 0 to 2**63 - 1. It does not change while the handle is open."""
@@ -255,6 +244,32 @@ class Handle:
         """Return a description of the export for people, or None."""
         return None
 
+
+class Handle(_Questions):
+    """One open export of one client: override what the storage can do natively, and leave out the rest.
+
+    Only :meth:`get_size` and :meth:`pread` are required. What a handle can do is inferred from what it overrides;
+    override ``can_*`` where that is not the truth. Each is asked once, when the export is opened, in a fixed order.
+
+    Ranges and flags that reach a verb have been checked: the range lies within the export and is not empty, and only
+    flags of :class:`Flags` arrive that the capabilities allow.
+    """
+
+    #: Verbs that never wait for anything but the processor, by name. The thread that reads requests calls these
+    #: itself without a second thought; of others it finds out how long they take.
+    inline: ClassVar[frozenset[str]] = frozenset()
+
+    #: Reads ask :meth:`extents` for holes, which are then told to the client in place of their zeroes.
+    sparse: bool = False
+
+    #: ``pread_into(buffer, offset)``: fill `buffer` from `offset` on and return True, or return False where that would
+    #: wait for a device, or something is wrong with it: then :meth:`pread` is called. Optional.
+    pread_into: Callable[[memoryview, int], bool] | None = None
+
+    #: ``file_range(count, offset)``: where the range lies in a file, so that it can be sent without being copied, or
+    #: None if it is not at hand without waiting. Optional.
+    file_range: Callable[[int, int], FileRange | None] | None = None
+
     def pread(self, count: int, offset: int) -> Buffer:
         """Return exactly `count` bytes from `offset` on. The buffer is sent as it is, so do not reuse it."""
         raise NotImplementedError(f"{type(self).__name__} does not read")
@@ -296,6 +311,61 @@ class Handle:
         """Tell whether this handle's class defines `verb` itself."""
         return getattr(type(self), verb) is not getattr(Handle, verb)
 
+
+class AsyncHandle(_Questions):
+    """An open export whose verbs are coroutines: very many requests may be under way, in one thread.
+
+    What each verb is for, and what it is called with, is as in :class:`Handle`; so are the questions, which are plain
+    methods, and what follows from their answers. All coroutines of a process run on one loop, and a verb that blocks
+    holds up all of them: what cannot be awaited belongs into ``asyncio.to_thread``, or into a :class:`Handle`.
+
+    A verb is cancelled only at the end of the server, if it takes longer than clients are given then.
+    """
+
+    async def pread(self, count: int, offset: int) -> Buffer:
+        """Return exactly `count` bytes from `offset` on. The buffer is sent as it is, so do not reuse it."""
+        raise NotImplementedError(f"{type(self).__name__} does not read")
+
+    async def pwrite(self, data: memoryview, offset: int, flags: int) -> None:
+        """Write all of `data` at `offset`. `data` is valid until this returns. Flags: ``FUA``."""
+        raise NotImplementedError(f"{type(self).__name__} does not write")
+
+    async def flush(self) -> None:
+        """Return when all writes, trims and zeroes that have returned are on stable storage."""
+        raise NotImplementedError(f"{type(self).__name__} does not flush")
+
+    async def trim(self, count: int, offset: int, flags: int) -> None:
+        """Forget `count` bytes at `offset`, wholly, partly or not at all. Flags: ``FUA``."""
+        raise NotImplementedError(f"{type(self).__name__} does not trim")
+
+    async def zero(self, count: int, offset: int, flags: int) -> None:
+        """Make `count` bytes at `offset` read as zeroes. Flags: ``FUA``, ``MAY_TRIM``, ``FAST_ZERO``.
+
+        Raise ``OSError(ENOTSUP)`` to have zeroes written in place of this, or refused if ``FAST_ZERO`` is set.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not zero")
+
+    async def cache(self, count: int, offset: int) -> None:
+        """Fetch `count` bytes at `offset` near, as they will be read soon."""
+        raise NotImplementedError(f"{type(self).__name__} does not cache")
+
+    async def extents(self, count: int, offset: int, flags: int) -> Iterable[tuple[int, int, int]]:
+        """Return :class:`~nbdkitpy.Extent` tuples that cover the range or a beginning of it. Flags: ``REQ_ONE``.
+
+        A list, most often: what is no coroutine, a generator for example, is gone through without waiting.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not know its extents")
+
+    async def close(self) -> None:
+        """Release what the handle holds. Called once, after the last request has returned."""
+
+    def overrides(self, verb: str) -> bool:
+        """Tell whether this handle's class defines `verb` itself."""
+        return getattr(type(self), verb) is not getattr(AsyncHandle, verb)
+
+
+#: What a handle is asked about itself.
+QUESTIONS = frozenset(name for name in vars(_Questions) if not name.startswith("_"))
 
 #: What a client can ask for, as verbs of a handle.
 VERBS = ("pread", "pwrite", "flush", "trim", "zero", "cache", "extents")
@@ -546,6 +616,54 @@ class Plugin(Backend):
     def default_export(self, client: Client, readonly: bool) -> str:
         """Return ``""``."""
         return ""
+
+
+class CoroutineRunner(Protocol):
+    """What a server runs the coroutines of an :class:`AsyncPlugin` with."""
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run `coroutine` and return its result."""
+
+    def open(self, coroutine: Coroutine[Any, Any, AsyncHandle]) -> Handle:
+        """Run `coroutine` and return a plain handle over its result, which waits for coroutines."""
+
+
+class AsyncPlugin(Plugin):
+    """A plugin whose handles have coroutines for verbs, which all run on one loop in each process.
+
+    Override :meth:`open_async` in place of :meth:`open`. All other methods are plain ones.
+    """
+
+    _runner: CoroutineRunner | None = None  # set before after_fork
+
+    def thread_model(self) -> ThreadModel:
+        """Any number of requests at once: with a stricter model only one coroutine would run at a time."""
+        return ThreadModel.PARALLEL
+
+    async def open_async(self, export_name: str, readonly: bool, client: Client) -> AsyncHandle:
+        """Return a new handle on the export, for one client. Raise OSError if there is no such export for it."""
+        raise NotImplementedError
+
+    def open(self, export_name: str, readonly: bool, client: Client) -> Handle:
+        """Wait for :meth:`open_async`, and return a handle that waits for the coroutines of the one that it returns."""
+        return self._running().open(self.open_async(export_name, readonly, client))
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run `coroutine` on the loop, wait for it, and return its result: for methods that are no coroutines.
+
+        From :meth:`after_fork` to :meth:`cleanup`, but not on the loop itself, which would wait for itself.
+
+        Raises:
+            RuntimeError: this is not the time or the place for it.
+        """
+        if self._runner is None:
+            coroutine.close()  # which is not to complain that nobody has awaited it
+        return self._running().run(coroutine)
+
+    def _running(self) -> CoroutineRunner:
+        if self._runner is None:
+            raise RuntimeError(f"{self.name}: coroutines are run from after_fork to cleanup only")
+        return self._runner
 
 
 class Filter(Backend):

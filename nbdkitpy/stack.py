@@ -11,9 +11,11 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from nbdkitpy.backend import (
+    VERBS,
+    AsyncPlugin,
     Backend,
     BlockSize,
     Client,
@@ -29,6 +31,9 @@ from nbdkitpy.backend import (
 )
 from nbdkitpy.exceptions import ConfigError, UnitError
 
+if TYPE_CHECKING:
+    from nbdkitpy.coroutines import Coroutines, Loop  # which imports asyncio
+
 __all__ = ["MAX_EXPORTS", "Capabilities", "OpenExport", "Stack"]
 
 _logger = logging.getLogger("nbdkitpy")
@@ -39,6 +44,7 @@ MAX_EXPORTS = 10_000
 _MAX_NAME = 4096
 _MAX_SIZE = (1 << 63) - 1
 _EMULATED_PIECE = 1 << 20  # zeroes are written and prefetches read in pieces of this many bytes
+_COROUTINE = 0x80  # CO_COROUTINE of the inspect module, which takes a while to import
 
 T = TypeVar("T")
 
@@ -275,13 +281,26 @@ class _Joint(Filter):
         handle = self.next.open(export_name, readonly, client)
         if not isinstance(handle, Handle):
             raise TypeError(f"{self.next.name}: open must return a Handle, not {handle!r}")
-        if isinstance(handle, FilterHandle) and isinstance(self.next, Filter):
-            return handle
         try:
+            _check_verbs(handle)
+            if isinstance(handle, FilterHandle) and isinstance(self.next, Filter):
+                return handle
             return _EmulatingHandle(handle, Capabilities.ask(handle, readonly=readonly))
         except BaseException:
             handle.close()
             raise
+
+
+def _check_verbs(handle: Handle) -> None:
+    """See that no verb is a coroutine: as nobody would await it, it would do nothing, and seem to have succeeded.
+
+    Raises:
+        TypeError: one is.
+    """
+    for verb in VERBS:
+        code = getattr(getattr(type(handle), verb), "__code__", None)
+        if code is not None and code.co_flags & _COROUTINE:
+            raise TypeError(f"{type(handle).__name__}: {verb} is a coroutine, which only an AsyncHandle may have")
 
 
 class OpenExport(NamedTuple):
@@ -292,6 +311,7 @@ class OpenExport(NamedTuple):
     capabilities: Capabilities
     description: Callable[[], str | None]  #: for people; raises ValueError if it cannot be sent
     close: Callable[[], None]  #: to be called once, after the last request has returned
+    coroutines: Coroutines | None = None  #: verbs that can be awaited, any number of them at once
 
 
 class Stack:
@@ -319,6 +339,7 @@ class Stack:
         self._multi_process = multi_process
         #: What :meth:`reload` has set last, for other processes to do so too.
         self.last_reload: Mapping[Backend, Mapping[str, Sequence[str]]] = {}
+        self._loop: Loop | None = None  # for coroutines, from after_fork on
         self._outermost = _Joint(plugin)
         for outer in reversed(self.filters):
             outer.next = self._outermost
@@ -382,6 +403,10 @@ class Stack:
 
     def after_fork(self) -> None:
         """Have each layer start its threads, the plugin first."""
+        if isinstance(self.plugin, AsyncPlugin):
+            from nbdkitpy.coroutines import Loop
+
+            self._loop = self.plugin._runner = Loop()
         for layer in reversed(self.layers):
             layer.after_fork()
 
@@ -410,6 +435,8 @@ class Stack:
     def cleanup(self) -> None:
         """Have each layer stop its threads, the outermost first; one that fails does not keep the others from it."""
         with contextlib.ExitStack() as calls:  # calls the last one first
+            if self._loop is not None:
+                calls.callback(self._loop.stop)
             for layer in reversed(self.layers):
                 calls.callback(layer.cleanup)
 
@@ -418,6 +445,11 @@ class Stack:
         with contextlib.ExitStack() as calls:
             for layer in self.layers:
                 calls.callback(layer.unload)
+
+    def give_up(self) -> None:
+        """Cancel the coroutines that serve requests: whoever waits for one gets an error. From any thread."""
+        if self._loop is not None:
+            self._loop.give_up()
 
     # --- clients ---
 
@@ -467,7 +499,12 @@ class Stack:
             self._release_export()
             raise
         return OpenExport(
-            export_name, handle, capabilities, lambda: self._description(handle), lambda: self._close(handle)
+            export_name,
+            handle,
+            capabilities,
+            lambda: self._description(handle),
+            lambda: self._close(handle),
+            None if self._loop is None or self.model < ThreadModel.PARALLEL else self._loop.coroutines_of(handle),
         )
 
     def _ask(self, handle: Handle, readonly: bool) -> Capabilities:

@@ -221,6 +221,7 @@ class Solo:
             self.join()
         else:
             self.session._transport.close()
+        self.stack.cleanup()
 
 
 def unix_options(path: str, **changes: Any) -> ServerOptions:

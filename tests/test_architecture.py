@@ -15,6 +15,7 @@ LAYERS = (
     {"config"},
     {"server", "registry"},
     {"protocol", "stack", ""},  # "" is the package's own __init__.py, for its version
+    {"coroutines"},
     {"hookspecs", "located", "ranges", "sources"},
     {"backend", "modules"},
     {"distributions", "extents", "locks", "log", "parameters"},

@@ -17,7 +17,19 @@ import click
 import pytest
 
 import nbdkitpy
-from nbdkitpy import Backend, Client, Filter, FilterHandle, Handle, Plugin, hookspecs, testing
+from nbdkitpy import (
+    AsyncHandle,
+    AsyncPlugin,
+    Backend,
+    Client,
+    Filter,
+    FilterHandle,
+    Handle,
+    Plugin,
+    hookspecs,
+    testing,
+)
+from nbdkitpy.backend import VERBS
 from nbdkitpy.stack import Stack
 from nbdkitpy.testing.conformance import KINDS
 from tests.documents import MADE, MARKDOWN, ROOT, blocks, headings, named, prose, repository_files, section_of
@@ -176,11 +188,25 @@ def written(name: str, value: object, *, method: bool) -> str:
 
 
 def members_of_the_contract() -> Iterator[str]:
-    for cls in (Backend, Plugin, Filter, Handle, FilterHandle):
-        inherited = {name for base in cls.__mro__[1:] for name in (*vars(base), *inspect.get_annotations(base))}
-        for name in {**inspect.get_annotations(cls), **vars(cls)}:
+    for cls in (Backend, Plugin, AsyncPlugin, Filter, Handle, FilterHandle):
+        # What two classes share is in a private base of both.
+        own = [*(base for base in cls.__bases__ if base.__name__.startswith("_")), cls]
+        inherited = {name for base in set(cls.__mro__).difference(own) for name in members(base)}
+        for name in dict.fromkeys(name for base in own for name in members(base)):
             if not name.startswith("_") and name not in inherited:
                 yield f"{cls.__name__}.{written(name, getattr(cls, name, None), method=True)}"
+
+
+def members(cls: type) -> list[str]:
+    return [*inspect.get_annotations(cls), *vars(cls)]
+
+
+def test_coroutines_are_called_like_the_plain_verbs() -> None:
+    for name in [*VERBS, "close"]:
+        plain, coroutine = getattr(Handle, name), getattr(AsyncHandle, name)
+
+        assert inspect.iscoroutinefunction(coroutine)
+        assert inspect.signature(coroutine) == inspect.signature(plain)
 
 
 def rows(text: str) -> list[str]:
@@ -324,6 +350,18 @@ def test_plugin_and_filter_that_are_written_work_together() -> None:
     assert handle.get_size() == 1 << 20
     assert handle.pread(3, 4096) == b"\xff\xff\xff"
     assert vars(handle)["read"] == 3
+
+
+def test_disk_of_coroutines_of_the_contract_works() -> None:
+    *_, far = blocks(CONTRACT, "python")
+    module = type(sys)("example")
+    exec(compile(far, "example", "exec"), vars(module))
+
+    with nbdkitpy.serve(vars(module)["Far"]) as server, testing.NbdClient(server) as client:
+        client.pwrite(b"far away", 4096)
+        data = client.pread(8, 4096)
+
+    assert data == b"far away"
 
 
 def test_filter_that_is_written_refuses_clients() -> None:

@@ -150,7 +150,7 @@ class Server(Front):
             session.stop()
         self._wait_until(lambda: self._aborting or not self._sessions, self.options.drain)
         for session in self._left():
-            session.abort()
+            session.give_up()
         self._wait_until(lambda: not self._sessions, GRACE)
         stuck = [session.name for session in self._left()]
         if stuck:

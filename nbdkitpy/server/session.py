@@ -28,6 +28,7 @@ from nbdkitpy.protocol.replies import ExtendedReplies, Replies, SimpleReplies, S
 from nbdkitpy.protocol.transmission import MAX_PAYLOAD, Room, Transmission
 from nbdkitpy.server.budget import Budget, Memory
 from nbdkitpy.server.checks import reason
+from nbdkitpy.server.commands import Log
 from nbdkitpy.server.engine import Engine
 from nbdkitpy.server.failures import GivenUp
 from nbdkitpy.server.options import ServerOptions
@@ -117,6 +118,11 @@ class Session:
     def waits_for_client(self) -> bool:
         """Whether it is for the client to take replies, or to send what it has begun."""
         return self._transport.is_full() if self._engine is None else self._engine.waits_for_client
+
+    def give_up(self) -> None:
+        """End at once, as the server does, and have no coroutine of a backend go on with what it is at."""
+        self.abort()
+        self._stack.give_up()
 
     # --- in the session's own thread ---
 
@@ -274,14 +280,21 @@ class Session:
         if export is None:  # not reached: the handshake ends by opening one
             raise RuntimeError("no export is open")
         serial = self._stack.model < ThreadModel.PARALLEL or self._options.threads == 1
-        self._engine = Engine(
+        engine: type[Engine] = Engine
+        log: Log = self._log
+        if export.coroutines is not None and not serial:
+            from nbdkitpy.server.coroutines import CoroutineEngine  # with asyncio
+
+            # In the loop's thread the log cannot know from the thread's name whose request has failed.
+            engine, log = CoroutineEngine, logging.LoggerAdapter(self._log, {"connection": self._client.number})
+        self._engine = engine(
             self._transport,
             export,
             _transmission(export.capabilities, negotiated, self.budget),
             _replies(negotiated),
             threads=0 if serial else self._options.threads,
             lock=self._stack.request_lock,
-            log=self._log,
+            log=log,
             name=self.name,
             budget=self.budget,
             idle_timeout=self._options.idle_timeout,

@@ -303,7 +303,7 @@ class Single:
             session.stop()
             self._wait_until(lambda: self._ended or self._aborting, self._options.drain)
         if not self._ended:
-            session.abort()
+            session.give_up()
             self._wait_until(lambda: self._ended, _GRACE)
         if not self._ended:
             _logger.error("still held up in the backend, abandoned: %s", session.name)
