@@ -16,6 +16,7 @@ from benchmarks.place import Place
 HERE = Path(__file__).resolve().parent
 BARE = HERE.parent / "build" / "bare"
 NBDKIT_SCRIPT = HERE / "plugins" / "nbdkit_bytearray.py"
+DELAYED = HERE / "plugins" / "nbdkitpy_delayed.py"
 SYSTEM = Path("/")
 
 #: Filters that let everything through, in the order in which --filters N takes them. All parameters go to the outermost
@@ -94,6 +95,15 @@ def bytearray_script(place: Place, model: str) -> Sequence[str]:
     return "python", str(place.directory / NBDKIT_SCRIPT.name), f"size={place.size}", f"model={model}"
 
 
+def delayed_plugin(place: Place) -> Sequence[str]:
+    return str(DELAYED), f"size={place.size}"
+
+
+def delayed_memory(place: Place) -> Sequence[str]:
+    # It has a thread for each request that waits.
+    return "-t", "64", "--filter=delay", "memory", str(place.size), "rdelay=5ms", "wdelay=5ms"
+
+
 # How servers are called
 
 
@@ -161,6 +171,7 @@ OUR_PLUGINS: Mapping[str, Callable[[Place], Sequence[str]]] = {
     "memory": memory_plugin,
     "null": null_plugin,
     "bytearray": bytearray_plugin,
+    "delayed": delayed_plugin,
 }
 
 PEERS: Mapping[str, Contender] = {
@@ -171,6 +182,7 @@ PEERS: Mapping[str, Contender] = {
         nbdkit("null", "null", null_plugin),
         nbdkit("python", "bytearray", partial(bytearray_script, model="default")),
         nbdkit("python-parallel", "bytearray", partial(bytearray_script, model="parallel")),
+        nbdkit("delayed", "delayed", delayed_memory),
         Contender("qemu-nbd", ("qemu-nbd",), qemu_nbd_arguments),
         # In the foreground it serves but one client, and it has no export without a name.
         Contender("nbd-server", ("nbd-server",), nbd_server_arguments, export="disk", daemon=True, says_version="-V"),

@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.clients import BenchmarkError
-from benchmarks.figures import CPU, LIMIT, THROUGHPUT
+from benchmarks.figures import CPU, LIMIT, MIB, THROUGHPUT
 from benchmarks.plan import Case, Goal
 from benchmarks.servers import PEERS, SYSTEM, Contender, ours
 from benchmarks.starts import OVER_PYTHON, Idle, Start, memory_at
-from benchmarks.workloads import TRANSFERS, Workload
+from benchmarks.workloads import PAGE, TRANSFERS, Workload
 
 WORKLOADS: Sequence[Workload] = (*TRANSFERS, Start(), Idle())
 
@@ -34,6 +34,9 @@ PROOF: dict[str, Bounds] = {
     "read-1m-d16-c4-aligned": (2.0, 0.2, ("--workers", "2")),
     "nbdcopy": (1.8, None, ()),
 }
+#: Requests a second of a plugin whose coroutines take 5 ms each, with 64 in flight.
+COROUTINES = Goal(THROUGHPUT, 10_000 * PAGE / MIB, of_ratio=False)
+
 WITHOUT_FILTERS = "ours, no filters"
 
 
@@ -80,6 +83,7 @@ def proof_cases(our_options: Sequence[str], nbdkit_root: Path) -> list[Case]:
     return [
         *cases,
         against_nbdkit(random_read, "nbdkit-python-parallel", *common, bounds(4.0, 0.4)),
+        against_nbdkit(workload("randread-4k-d64"), "nbdkit-delayed", *common, [COROUTINES]),
         filters_cost(random_read, tuple(our_options)),
         against_nbdkit(Idle(), "nbdkit-file", *common, memory_bounds(Idle())),
         against_nbdkit(Start(), "nbdkit-null", *common, [Goal(OVER_PYTHON, 120.0, of_ratio=False)]),

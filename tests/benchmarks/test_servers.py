@@ -54,6 +54,7 @@ def test_ten_filters_are_given_their_parameters_once() -> None:
         ("nbdkit-null", ["null", "4096"]),
         ("nbdkit-python", ["python", "/tmp/nbdkit_bytearray.py", "size=4096", "model=default"]),
         ("nbdkit-python-parallel", ["python", "/tmp/nbdkit_bytearray.py", "size=4096", "model=parallel"]),
+        ("nbdkit-delayed", ["-t", "64", "--filter=delay", "memory", "4096", "rdelay=5ms", "wdelay=5ms"]),
     ],
 )
 def test_plugins_are_given_the_size_and_tcp_its_port(name: str, words: list[str]) -> None:
@@ -220,12 +221,15 @@ def test_missing_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 IN_NBDKIT = [
-    pytest.param(PEERS[name], marks=pytest.mark.interop) for name in ("nbdkit-python", "nbdkit-python-parallel")
+    pytest.param(PEERS[name], marks=pytest.mark.interop)
+    for name in ("nbdkit-python", "nbdkit-python-parallel", "nbdkit-delayed")
 ]
 
 
-@pytest.mark.parametrize("contender", [ours("bytearray"), *IN_NBDKIT], ids=lambda contender: contender.name)
-def test_disk_in_a_bytearray_gives_back_what_was_written(contender: Contender) -> None:
+@pytest.mark.parametrize(
+    "contender", [ours("bytearray"), ours("delayed"), *IN_NBDKIT], ids=lambda contender: contender.source
+)
+def test_disk_of_our_own_or_its_peers_gives_back_what_was_written(contender: Contender) -> None:
     if shutil.which(contender.invocation[0]) is None and "CI" not in os.environ:
         pytest.skip(f"not installed: {contender.invocation[0]}")
     data = os.urandom(5000)

@@ -80,6 +80,7 @@ def test_proof_has_targets_for_what_is_not_a_plain_transfer() -> None:
     assert [(name, PROOF[name].judges, PROOF[name].goals) for name in others] == [
         ("nbdcopy", ["nbdkit-file"], [Goal(THROUGHPUT, 1.8)]),
         ("randread-4k-d16 (bytearray)", ["nbdkit-python-parallel"], [Goal(THROUGHPUT, 4.0), Goal(CPU, 0.4)]),
+        ("randread-4k-d64 (delayed)", ["nbdkit-delayed"], [Goal(THROUGHPUT, 39.0625, of_ratio=False)]),
         ("randread-4k-d16 (3 filters)", [WITHOUT_FILTERS], [Goal(THROUGHPUT, 0.98)]),
         ("idle", ["nbdkit-file"], [Goal(memory_at(1000), 1.0), Goal(memory_at(1000), 100.0, of_ratio=False)]),
         ("start (null)", ["nbdkit-null"], [Goal(OVER_PYTHON, 120.0, of_ratio=False)]),
