@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from nbdkitpy.protocol.constants import Command, CommandFlag, TransmissionFlag
     from nbdkitpy.testing.client import ExportInfo, NbdClient, export_info, list_exports
     from nbdkitpy.testing.conformance import FilterConformance, PluginConformance
+    from nbdkitpy.testing.pytest_plugin import ConnectNbd, ServeNbd
     from nbdkitpy.testing.wire import ProtocolError, Refused, Reply, Style
 else:
     _MODULES = {
         "nbdkitpy.protocol.constants": ("Command", "CommandFlag", "TransmissionFlag"),
         "nbdkitpy.testing.client": ("ExportInfo", "NbdClient", "export_info", "list_exports"),
         "nbdkitpy.testing.conformance": ("FilterConformance", "PluginConformance"),
+        "nbdkitpy.testing.pytest_plugin": ("ConnectNbd", "ServeNbd"),
         "nbdkitpy.testing.wire": ("ProtocolError", "Refused", "Reply", "Style"),
     }
 
@@ -32,6 +34,7 @@ else:
 __all__ = [
     "Command",
     "CommandFlag",
+    "ConnectNbd",
     "ExportInfo",
     "FilterConformance",
     "NbdClient",
@@ -39,6 +42,7 @@ __all__ = [
     "ProtocolError",
     "Refused",
     "Reply",
+    "ServeNbd",
     "Style",
     "TransmissionFlag",
     "export_info",
