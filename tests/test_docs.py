@@ -44,6 +44,7 @@ else:
 README = ROOT / "README.md"
 CONTRACT = ROOT / "docs" / "contract.md"
 OPTIONS = ROOT / "docs" / "options.md"
+SECURITY = ROOT / "docs" / "security.md"
 REFERENCE = ROOT / "docs" / "reference.md"
 FROM_NBDKIT = ROOT / "docs" / "coming-from-nbdkit.md"
 TESTING = ROOT / "docs" / "testing.md"
@@ -245,6 +246,20 @@ def test_reference_has_everything_that_may_be_imported_and_no_more() -> None:
 
     public = [name for name in nbdkitpy.__all__ if name != "__version__"]
     assert sorted(directives) == sorted([*public, *testing.__all__, *hook_names()])
+
+
+def test_security_page_names_a_test_of_each_row_and_each_row_of_a_test() -> None:
+    page = SECURITY.read_text()
+    tests = [
+        name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+    ]
+    rows = {row for name in tests for row in re.findall(r"(?<=_)([NRMTAFPDSG]\d+)(?=_)", name)}
+
+    listed = re.findall(r"^\| ([A-Z]\d+) \| .* \| `(\w+)` \|$", page, re.MULTILINE)
+
+    assert {row for row, _ in listed} == rows
+    assert not [test for row, test in listed if f"_{row}_" not in test]
+    assert not set(re.findall(r"`(test_\w+)`", page)) - set(tests)
 
 
 def run(code: str) -> Any:
