@@ -247,7 +247,8 @@ class Conformance:
             for count in (area.largest, area.unit):
                 data, offset = area.data(count), area.end - count
                 if area.write(data, offset) and self.keeps_data:
-                    assert area.client.pread(count, offset) == data, "what has been written at the end is not there"
+                    is_there = area.client.pread(count, offset) == data
+                    assert is_there, "what has been written at the end is not there"
 
     def test_extents_are_right_after_writes(self) -> None:
         """What has been written is not said to be zero."""
