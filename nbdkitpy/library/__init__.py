@@ -222,8 +222,8 @@ class EmbeddedServer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._pid != os.getpid():
             return
-        self.shutdown()
         try:
+            self.shutdown()
             failure = self._ended.exception()
         except BaseException:
             self._break_off()
