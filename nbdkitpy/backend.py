@@ -651,7 +651,7 @@ class AsyncPlugin(Plugin):
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run `coroutine` on the loop, wait for it, and return its result: for methods that are no coroutines.
 
-        From :meth:`after_fork` to :meth:`cleanup`, but not on the loop itself, which would wait for itself.
+        From ``after_fork`` to ``cleanup``, but not on the loop itself, which would wait for itself.
 
         Raises:
             RuntimeError: this is not the time or the place for it.

@@ -162,7 +162,7 @@ class FilterConformance(Conformance):
                 ranges = [*area.ranges(12), (area.largest, area.end - area.largest)]
                 found.append([client.pread(count, offset) for count, offset in ranges])
 
-        is_same = found[0] == found[1]  # not in the assertion: pytest would work on a comparison of megabytes for minutes
+        is_same = found[0] == found[1]  # not in the assertion: pytest would work on that for minutes
         assert is_same, "what is read by shortcuts is not what pread returns"
 
     def test_every_handle_of_the_next_layer_is_closed_once(self) -> None:
