@@ -74,7 +74,7 @@ def test_they_have_types_and_so_have_the_examples_of_the_contract(packages: Path
         (tmp_path / f"example{number}.py").write_text(example)
     others = [*tmp_path.glob("*.py"), *guard.rglob("*.py")]
 
-    assert (len(examples), len(others)) == (3, 5)
+    assert (len(examples), len(others)) == (4, 6)
     assert not [path for path in (*others, *plugin.rglob("*.py")) if "type: ignore" in path.read_text()]
     run(mypy, cwd=plugin)  # by its own configuration
     run([*mypy, "--strict", "--config-file=", *map(str, others)], env={"MYPYPATH": str(guard)})
