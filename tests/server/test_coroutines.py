@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -23,20 +22,11 @@ from tests.budgets import Waiting, watched_budget
 from tests.conftest import StartServer, StartSession
 from tests.coroutines import AsyncDisks, AsyncWhole, Gate
 from tests.misdeeds import BAD_DATA, GOOD_DATA, RAISED
-from tests.nbdclient import PATIENCE, NbdClient, Reply, Style
+from tests.nbdclient import PATIENCE, NbdClient, Style
+from tests.requests import EACH_VERB, VERBS, ask, check_pipeline, use_each_verb
 from tests.serving import CONTENT, SIZE, Solo
 
 ALL_STYLES = pytest.mark.parametrize("style", list(Style), ids=lambda style: style.value)
-
-VERBS = {
-    "pread": Command.READ,
-    "pwrite": Command.WRITE,
-    "flush": Command.FLUSH,
-    "trim": Command.TRIM,
-    "zero": Command.WRITE_ZEROES,
-    "cache": Command.CACHE,
-    "extents": Command.BLOCK_STATUS,
-}
 
 #: Seconds that are not long enough for anybody to have waited.
 AT_ONCE = PATIENCE / 2
@@ -124,14 +114,6 @@ def on_the_way(way: str) -> tuple[list[Filter], dict[str, Any]]:
     return [Over(kind) for kind in kinds], options
 
 
-def ask(client: NbdClient, verb: str, offset: int = 0, length: int = 4096, *, flags: int = 0) -> Reply:
-    """Send the request that comes to `verb`, and return the reply."""
-    if verb == "flush":
-        return client.call(Command.FLUSH, flags=flags)
-    data = CONTENT[offset : offset + length] if verb == "pwrite" else b""
-    return client.call(VERBS[verb], offset, length, flags=flags, data=data)
-
-
 # --- every request is answered, and rightly ---
 
 
@@ -140,21 +122,9 @@ def ask(client: NbdClient, verb: str, offset: int = 0, length: int = 4096, *, fl
 def test_requests_in_a_pipeline_are_all_answered(way: str, style: Style, serve: Serve) -> None:
     filters, options = on_the_way(way)
     client, _, solo = serve(AsyncWhole, style, *filters, **options)
-    some = random.Random(7)
-    wanted: dict[int, bytes] = {}
 
-    with client.batched():
-        for number in range(200):
-            length = some.choice([1, 512, 4096, 16384, 50000])
-            offset = some.randrange(SIZE - length)
-            wanted[client.send(Command.READ, offset, length)] = CONTENT[offset : offset + length]
-            if number % 10 == 0:
-                wanted[client.send(Command.WRITE, 0, data=CONTENT[:3000])] = b""
-                wanted[client.send(Command.TRIM, 0, 4096)] = b""
-    replies = client.replies(len(wanted))
+    check_pipeline(client)
 
-    assert {cookie: reply.data for cookie, reply in replies.items()} == wanted
-    assert not any(reply.error for reply in replies.values())
     assert isinstance(solo.session._engine, CoroutineEngine) == (way in list(WAYS)[:3])
 
 
@@ -163,29 +133,10 @@ def test_requests_in_a_pipeline_are_all_answered(way: str, style: Style, serve: 
 def test_each_command_reaches_its_verb(way: str, style: Style, serve: Serve) -> None:
     filters, options = on_the_way(way)
     client, handle, _ = serve(AsyncWhole, style, *filters, **options)
-    fua = int(CommandFlag.FUA)
 
-    assert ask(client, "pread", 10, 20).data == CONTENT[10:30]
-    for verb in ("pwrite", "trim", "zero"):
-        assert not ask(client, verb, 0, 512).error
-        assert not ask(client, verb, 512, 512, flags=fua).error
-    assert not ask(client, "zero", flags=CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO).error
-    assert not ask(client, "flush").error
-    assert not ask(client, "cache", 0, 65536).error
+    use_each_verb(client)
 
-    may_trim, durable = int(Flags.MAY_TRIM), int(Flags.FUA)
-    assert handle.calls == [
-        ("pread", 20, 10),
-        ("pwrite", 512, 0, 0),
-        ("pwrite", 512, 512, durable),
-        ("trim", 512, 0, 0),
-        ("trim", 512, 512, durable),
-        ("zero", 512, 0, may_trim),
-        ("zero", 512, 512, may_trim | durable),
-        ("zero", 4096, 0, int(Flags.FAST_ZERO)),
-        ("flush",),
-        ("cache", 65536, 0),
-    ]
+    assert handle.calls == EACH_VERB
     assert handle.threads == {"coroutines"}
 
 

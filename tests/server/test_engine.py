@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from nbdkitpy import Buffer, Extent, ExtentType, FileRange, Flags, Handle, Support, ThreadModel
+from nbdkitpy import Buffer, Extent, ExtentType, FileRange, Handle, Support, ThreadModel
 from nbdkitpy.exceptions import describe
 from nbdkitpy.protocol.constants import Command, CommandFlag, NbdError, ReplyType
 from nbdkitpy.protocol.transmission import Request
@@ -27,21 +27,13 @@ from nbdkitpy.server.transport import SocketTransport
 from tests.budgets import Waiting, watched_budget
 from tests.conftest import StartServer, StartSession
 from tests.misdeeds import BAD_DATA, GOOD_DATA, RAISED, Unprintable
-from tests.nbdclient import PATIENCE, NbdClient, Reply, Style
+from tests.nbdclient import PATIENCE, NbdClient, Style
+from tests.requests import EACH_VERB, VERBS, ask, check_pipeline, use_each_verb
 from tests.serving import CONTENT, SIZE, Disk, Disks, Solo
 
 ALL_STYLES = pytest.mark.parametrize("style", list(Style), ids=lambda style: style.value)
 CHUNKED = pytest.mark.parametrize("style", [Style.STRUCTURED, Style.EXTENDED], ids=lambda style: style.value)
 
-VERBS = {
-    "pread": Command.READ,
-    "pwrite": Command.WRITE,
-    "flush": Command.FLUSH,
-    "trim": Command.TRIM,
-    "zero": Command.WRITE_ZEROES,
-    "cache": Command.CACHE,
-    "extents": Command.BLOCK_STATUS,
-}
 DATA, HOLE = int(ExtentType.DATA), int(ExtentType.HOLE | ExtentType.ZERO)
 
 
@@ -134,14 +126,6 @@ def to_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_QUICK_AT_FIRST", frozenset())
 
 
-def ask(client: NbdClient, verb: str, offset: int = 0, length: int = 4096, *, flags: int = 0) -> Reply:
-    """Send the request that comes to `verb`, and return the reply."""
-    if verb == "flush":
-        return client.call(Command.FLUSH, flags=flags)
-    data = CONTENT[offset : offset + length] if verb == "pwrite" else b""
-    return client.call(VERBS[verb], offset, length, flags=flags, data=data)
-
-
 # --- every request is answered, and rightly ---
 
 
@@ -152,22 +136,8 @@ def test_R6_requests_in_a_pipeline_are_all_answered(
     handle: Callable[[Disks], Handle], style: Style, model: ThreadModel, serve: Serve
 ) -> None:
     client, _, _ = serve(handle, style, model)
-    some = random.Random(7)
-    lengths = [1, 512, 4096, 16384, 50000]
-    wanted: dict[int, bytes] = {}
 
-    with client.batched():
-        for number in range(200):
-            length = some.choice(lengths)
-            offset = some.randrange(SIZE - length)
-            wanted[client.send(Command.READ, offset, length)] = CONTENT[offset : offset + length]
-            if number % 10 == 0:
-                wanted[client.send(Command.WRITE, 0, data=CONTENT[:3000])] = b""
-                wanted[client.send(Command.TRIM, 0, 4096)] = b""
-    replies = client.replies(len(wanted))
-
-    assert {cookie: reply.data for cookie, reply in replies.items()} == wanted
-    assert not any(reply.error for reply in replies.values())
+    check_pipeline(client)
 
 
 @ALL_STYLES
@@ -185,29 +155,10 @@ def test_R6_a_cookie_may_be_used_twice_at_once(style: Style, serve: Serve) -> No
 @ALL_STYLES
 def test_each_command_reaches_its_verb(style: Style, model: ThreadModel, serve: Serve) -> None:
     client, handle, _ = serve(Whole, style, model)
-    fua = int(CommandFlag.FUA)
 
-    assert ask(client, "pread", 10, 20).data == CONTENT[10:30]
-    for verb in ("pwrite", "trim", "zero"):
-        assert not ask(client, verb, 0, 512).error
-        assert not ask(client, verb, 512, 512, flags=fua).error
-    assert not ask(client, "zero", flags=CommandFlag.NO_HOLE | CommandFlag.FAST_ZERO).error
-    assert not ask(client, "flush").error
-    assert not ask(client, "cache", 0, 65536).error
+    use_each_verb(client)
 
-    may_trim, durable = int(Flags.MAY_TRIM), int(Flags.FUA)
-    assert handle.calls == [
-        ("pread", 20, 10),
-        ("pwrite", 512, 0, 0),
-        ("pwrite", 512, 512, durable),
-        ("trim", 512, 0, 0),
-        ("trim", 512, 512, durable),
-        ("zero", 512, 0, may_trim),
-        ("zero", 512, 512, may_trim | durable),
-        ("zero", 4096, 0, int(Flags.FAST_ZERO)),
-        ("flush",),
-        ("cache", 65536, 0),
-    ]
+    assert handle.calls == EACH_VERB
 
 
 @ALL_STYLES
