@@ -15,6 +15,7 @@ from benchmarks.figures import MIB
 from benchmarks.plan import Case, Plan, Result, carry_out
 from benchmarks.report import markdown, save, summary
 from benchmarks.servers import FILTERS, PEERS, SYSTEM, Contender, nbdkit_arguments
+from benchmarks.starts import compile_ours
 from benchmarks.suites import matching, proof_cases, single_cases
 
 DESCRIPTION = "Compare nbdkitpy with other NBD servers, side by side on this machine."
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(dict.fromkeys(case.workload.name for case in cases)))
             return 0
         allow_open_files()
+        compile_ours()
         return run(plan_of(arguments, cases), Path(arguments.save))
     except (BenchmarkError, OSError) as error:
         print(f"compare: error: {error}", file=sys.stderr)

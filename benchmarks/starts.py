@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
+import importlib.util
 import subprocess
 import sys
 import time
@@ -19,6 +21,17 @@ FIRST_REPLY = Metric("first reply", "ms")
 OVER_PYTHON = Metric("first reply over python -c pass", "ms")
 
 CLIENTS = (1, 100, 1000)
+
+#: Our packages.
+OURS = ("nbdkitpy", "nbdkitpy_plugins", "nbdkitpy_filters")
+
+
+def compile_ours() -> None:
+    """Have bytecode for all modules of ours, as pip does. A checkout may have none."""
+    for name in OURS:
+        spec = importlib.util.find_spec(name)
+        for place in (spec and spec.submodule_search_locations) or ():
+            compileall.compile_dir(place, quiet=2)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Test how the benchmark measures starts and idle clients, with real servers."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from benchmarks.figures import MIB
 from benchmarks.servers import ours
 from benchmarks.service import Service
-from benchmarks.starts import Idle, Start, python_start
+from benchmarks.starts import Idle, Start, compile_ours, python_start
 
 
 @pytest.fixture
@@ -27,6 +28,19 @@ def test_start_is_measured_to_the_greeting_and_then_to_the_first_reply(null: Ser
     assert set(sample) == {metric.name for metric in start.metrics}
     assert 5 < sample["greeting"] < sample["first reply"]
     assert sample["first reply over python -c pass"] < sample["first reply"]
+
+
+def test_ours_has_bytecode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "nbdkitpy_plugins"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.setattr("benchmarks.starts.OURS", [package.name, "no_such_package"])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, package.name, raising=False)
+
+    compile_ours()
+
+    assert list(package.glob("__pycache__/__init__.*.pyc"))
 
 
 def test_python_takes_its_time_to_start() -> None:
