@@ -308,3 +308,19 @@ def test_directory_is_an_error_that_says_how_to_serve_it() -> None:
 @pytest.mark.parametrize("word", ["./gone.py", "../x", "a/b"])
 def test_file_that_is_not_there_is_an_error(word: str) -> None:
     assert plugin_failure(word) == f"plugin {word}: No such file or directory"
+
+
+@pytest.mark.parametrize("code", ["raise {}", DISK + HOOK.format("raise {}")], ids=["module", "hook"])
+def test_interrupt_while_a_unit_is_loaded_is_the_users(code: str) -> None:
+    write(code.format("KeyboardInterrupt"))
+
+    with pytest.raises(KeyboardInterrupt):
+        Registry().plugin("./units.py")
+
+
+@pytest.mark.parametrize("code", ["raise {}", DISK + HOOK.format("raise {}")], ids=["module", "hook"])
+def test_whatever_else_is_raised_then_is_an_error_of_the_unit(code: str) -> None:
+    write(code.format("GeneratorExit"))
+
+    with pytest.raises(UnitError, match=r"plugin \./units\.py cannot be loaded: .*GeneratorExit"):
+        Registry().plugin("./units.py")
